@@ -1,0 +1,57 @@
+"""Where each rank sits: a grid with one axis per kind of parallelism. Pure arithmetic, no processes."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A grid of ranks, numbered row by row: the last axis varies fastest.
+
+    The order is the order of the fields. `tp` is innermost, because tensor peers talk the most and
+    neighboring ranks share a node. `dp` is outermost, because data peers talk once a step.
+
+    dp: data, pp: pipeline, ep: expert, cp: context, tp: tensor.
+    """
+
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, size in self.shape.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"Mesh({axis}={size!r}): an axis has a whole number of ranks, at least 1")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis name -> number of ranks along it, outermost first."""
+        return asdict(self)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return prod(self.shape.values())
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Mesh(dp=2, pp=2, tp=2).coordinate(5) == {"dp": 1, "pp": 0, "ep": 0, "cp": 0, "tp": 1}"""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} is not on {self}, which has ranks 0 to {self.size - 1}")
+        place = {}
+        for axis, size in reversed(self.shape.items()):
+            rank, place[axis] = divmod(rank, size)
+        return {axis: place[axis] for axis in self.shape}
+
+    def line(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only along `axis`, in order of their index."""
+        here = self.coordinate(rank)
+        return tuple(r for r in range(self.size) if self.coordinate(r) | {axis: here[axis]} == here)
+
+    def lines(self, axis: str) -> list[tuple[int, ...]]:
+        """Every line of ranks along `axis`: together they cover the mesh once."""
+        return sorted({self.line(axis, rank) for rank in range(self.size)})
+
+    def __str__(self) -> str:
+        return "Mesh(" + ", ".join(f"{axis}={size}" for axis, size in self.shape.items() if size > 1) + ")"
