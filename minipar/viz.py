@@ -1,0 +1,374 @@
+"""Pictures of meshes, rings and timelines, each with a sentence that describes it.
+
+Every function here returns a matplotlib Figure that carries its own description (its label, in matplotlib's words).
+`show` puts both into the notebook: the description is the alt text of the image. The colors are Okabe and Ito's,
+which readers with any of the common color deficiencies can tell apart, and no picture relies on color alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+
+from .mesh import Mesh
+from .schedule import Op
+from .timeline import Timeline
+
+# Okabe & Ito, "Color Universal Design" (2008), without black, in an order whose neighbors differ in lightness too.
+PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#999999")
+INK, PALE, LINE = "#222222", "#F2F2F2", "#666666"
+DPI = 100  # of every picture in a notebook: fixed, so that a rebuilt notebook holds the same bytes
+
+
+# -- figures and their descriptions -----------------------------------------------------------------------------------
+
+
+def figure(width: float = 7.0, height: float = 3.0, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches and its axes, row by row, without the two spines nobody reads."""
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    panels = [drawing.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return drawing, panels
+
+
+def describe(drawing: Figure, sentence: str) -> Figure:
+    """Give a figure the sentence that a reader who cannot see it is told. Returns the figure."""
+    drawing.set_label(sentence)
+    return drawing
+
+
+def description(drawing: Figure) -> str:
+    """The sentence given to `describe`. Raises ValueError where there is none."""
+    if not (sentence := str(drawing.get_label())):
+        raise ValueError("this figure has no description: call describe(figure, 'one sentence') or show(figure, alt=...)")
+    return sentence
+
+
+def png(drawing: Figure, dpi: int = DPI, colors: int | None = None) -> bytes:
+    """The figure as a PNG file: the same figure gives the same bytes. `colors` limits the palette, for small files."""
+    from PIL import Image  # matplotlib brings it; only pictures need it
+
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    if colors is None:
+        return buffer.getvalue()
+    small = io.BytesIO()
+    image = Image.open(buffer).convert("RGB")
+    image.quantize(colors, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+    return small.getvalue()
+
+
+class Picture:
+    """A figure as notebooks show it: an HTML image with alt text, because JupyterLab drops the alt text of a PNG."""
+
+    def __init__(self, drawing: Figure, dpi: int = DPI):
+        self.alt = description(drawing)
+        self.source = "data:image/png;base64," + base64.b64encode(png(drawing, dpi, colors=128)).decode()
+
+    def _repr_html_(self) -> str:
+        return f'<img src="{self.source}" alt="{html.escape(self.alt)}" style="max-width: 100%">'
+
+    def __repr__(self) -> str:
+        return self.alt
+
+
+def show(drawing: Figure, alt: str | None = None) -> None:
+    """Display the figure below the cell, `alt` (or the description it carries) as its alt text.
+
+    Raises ValueError if the figure has no description: a reader who cannot see it would be told nothing.
+    """
+    from IPython.display import display
+
+    display(Picture(drawing if alt is None else describe(drawing, alt)))
+
+
+def _lighter(color: str, share: float) -> tuple[float, float, float]:
+    """`color` moved towards white by `share` (0 to 1)."""
+    r, g, b = (1 - share) * to_rgb(color)[0], (1 - share) * to_rgb(color)[1], (1 - share) * to_rgb(color)[2]
+    return r + share, g + share, b + share
+
+
+# -- meshes -----------------------------------------------------------------------------------------------------------
+
+
+def _place(mesh: Mesh, rank: int, used: Sequence[str]) -> tuple[float, float]:
+    """Where a rank's box stands: axes go right and down by turns, innermost first, with gaps that grow outwards."""
+    where, at, step, gap = mesh.coordinate(rank), [0.0, 0.0], [1.0, 1.0], [0.12, 0.12]
+    for depth, axis in enumerate(reversed(used)):
+        side = depth % 2
+        at[side] += where[axis] * step[side]
+        step[side] = mesh.shape[axis] * step[side] + gap[side]
+        gap[side] *= 2.5
+    return at[0], at[1]
+
+
+def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
+    """The ranks of a mesh as a grid of boxes, each with its coordinates; the groups of one axis by color and letter.
+
+    Args:
+        mesh: readable for up to about 64 ranks.
+        axis: one of the mesh's axes; ranks that share a letter and a color talk to each other along it.
+    """
+    if axis is not None and axis not in mesh.shape:
+        raise ValueError(f"axis={axis!r} is not an axis of the mesh; its axes are {', '.join(mesh.shape)}")
+    used = [name for name, size in mesh.shape.items() if size > 1]
+    places = [_place(mesh, rank, used) for rank in range(mesh.size)]
+    columns, rows = (max(place[i] for place in places) + 1 for i in (0, 1))
+    scale = min(1.0, 9 / columns)
+    drawing = Figure(figsize=(max(3.2, columns * scale + 0.2), rows * scale * 0.72 + 0.5), layout="constrained")
+    panel = drawing.add_subplot()
+    crowded = scale < 0.8 or len(used) > 3
+    groups = mesh.lines(axis) if axis else []
+    group_of = {rank: i for i, line in enumerate(groups) for rank in line}
+    for rank, (x, y) in enumerate(places):
+        group = group_of.get(rank)
+        color = PALE if group is None else _lighter(PALETTE[group % len(PALETTE)], 0.35)
+        edge = LINE if group is None else INK
+        panel.add_patch(
+            FancyBboxPatch((x + 0.08, y + 0.08), 0.84, 0.84, boxstyle="round,pad=0,rounding_size=0.1", fc=color, ec=edge)
+        )
+        beside = 0.2 if crowded and group is not None else 0  # makes room for two letters
+        panel.text(x + 0.5 + beside, y + 0.36, str(rank), ha="center", va="center", fontsize=15 * scale, color=INK)
+        where = mesh.coordinate(rank)
+        coordinates = " ".join(f"{where[name]}" if crowded else f"{name}{where[name]}" for name in used)
+        panel.text(x + 0.5, y + 0.72, coordinates, ha="center", va="center", fontsize=7.5 * max(scale, 0.8), color=INK)
+        if group is not None:
+            panel.text(x + 0.14, y + 0.26, _letters(group), va="center", fontsize=8 * max(scale, 0.8), weight="bold")
+    panel.set(xlim=(-0.05, columns + 0.05), ylim=(rows + 0.05, -0.05), aspect=0.72)
+    panel.axis("off")
+    sizes = " × ".join(f"{name} {mesh.shape[name]}" for name in used) or "one rank"
+    title = sizes if axis is None else f"{sizes}: {len(groups)} group{'s' * (len(groups) != 1)} along {axis}"
+    panel.set_title(f"{title} (small digits: {' '.join(used)})" if crowded else title, fontsize=10)
+    sentence = f"A grid of {mesh.size} ranks, {sizes}."
+    if axis is not None:
+        listed = "; ".join(f"{_letters(i)}: {', '.join(map(str, line))}" for i, line in enumerate(groups))
+        sentence += f" The groups along {axis} are {listed}."
+    return describe(drawing, sentence)
+
+
+def _letters(number: int) -> str:
+    """A, B, ... Z, AA, AB, ..."""
+    first, last = divmod(number, 26)
+    return (_letters(first - 1) if first else "") + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[last]
+
+
+# -- the ring ---------------------------------------------------------------------------------------------------------
+
+
+class Ring(NamedTuple):
+    """A ring all-reduce after some of its steps."""
+
+    phase: str
+    sent: list[int | None]  # sent[rank]: the chunk this rank sent to rank + 1 in the last step
+    held: list[list[frozenset[int]]]  # held[rank][chunk]: whose contributions this rank's copy of the chunk sums
+
+
+def ring_state(ranks: int, step: int) -> Ring:
+    """The state of a ring all-reduce of `ranks` chunks after `step` of its 2(ranks - 1) steps.
+
+    In the first half (reduce-scatter) rank r sends chunk r - 1 - s, and the receiver adds it to its own, so that rank
+    r ends with the sum of chunk r. In the second (all-gather) it sends chunk r - s, which replaces the receiver's.
+    """
+    held = [[frozenset({rank})] * ranks for rank in range(ranks)]
+    sent: list[int | None] = [None] * ranks
+    phase = "start"
+    for s in range(min(step, 2 * (ranks - 1))):
+        reducing = s < ranks - 1
+        phase = "reduce-scatter" if reducing else "all-gather"
+        chunks = [(r - 1 - s) % ranks if reducing else (r - (s - ranks + 1)) % ranks for r in range(ranks)]
+        before = [list(row) for row in held]
+        for rank, chunk in enumerate(chunks):
+            to = (rank + 1) % ranks
+            held[to][chunk] = before[rank][chunk] | before[to][chunk] if reducing else before[rank][chunk]
+        sent = list(chunks)
+    return Ring(phase, sent, held)
+
+
+def draw_ring(ranks: int, step: int) -> Figure:
+    """A ring all-reduce after `step` steps: who sent what to whom, and whose numbers each copy of a chunk now sums.
+
+    Args:
+        ranks: 2 to 8; the tensor is cut into as many chunks.
+        step: 0 (nothing sent yet) to 2(ranks - 1) (done); larger ones show the end.
+    """
+    import math
+
+    last = 2 * (ranks - 1)
+    step = min(step, last)
+    phase, sent, held = ring_state(ranks, step)
+    drawing = Figure(figsize=(7.6, 3.7), layout="constrained")
+    circle, table = drawing.subplots(1, 2, width_ratios=(1, 1.25))
+
+    spots = [(math.sin(2 * math.pi * r / ranks), math.cos(2 * math.pi * r / ranks)) for r in range(ranks)]
+    for rank, (x, y) in enumerate(spots):
+        to = (rank + 1) % ranks
+        circle.add_patch(
+            FancyArrowPatch(
+                spots[rank], spots[to], connectionstyle=f"arc3,rad={-0.5 if ranks == 2 else -0.28 if ranks < 6 else 0}",
+                arrowstyle="-|>", mutation_scale=12, shrinkA=14, shrinkB=14, color=INK if step else "#BBBBBB", lw=1.5,
+            )  # fmt: skip
+        )
+        if (chunk := sent[rank]) is not None:
+            middle = 2 * math.pi * (rank + 0.5) / ranks
+            out = 0.62 if ranks == 2 else 1.17 if ranks < 6 else 1.24
+            circle.text(out * math.sin(middle), out * math.cos(middle), f"{chunk}", ha="center", va="center",
+                        fontsize=10, bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": INK, "lw": 0.8})  # fmt: skip
+        circle.text(x, y, f"{rank}", ha="center", va="center", fontsize=13,
+                    bbox={"boxstyle": "circle,pad=0.35", "fc": PALETTE[rank], "ec": INK})  # fmt: skip
+    circle.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
+    circle.set_title("circle: a rank; square: the chunk it sent on", fontsize=9)
+    circle.axis("off")
+
+    slot = 0.84 / ranks
+    for rank in range(ranks):
+        for chunk in range(ranks):
+            fresh = sent[rank - 1] == chunk
+            for other in range(ranks):
+                inside = other in held[rank][chunk]
+                left = chunk + 0.08 + other * slot
+                table.add_patch(Rectangle((left, rank + 0.12), slot, 0.76, fc=PALETTE[other] if inside else "white",
+                                          ec="white", lw=0.6))  # fmt: skip
+                if inside and ranks <= 5:
+                    table.text(left + slot / 2, rank + 0.5, f"{other}", ha="center", va="center", fontsize=8)
+            table.add_patch(Rectangle((chunk + 0.08, rank + 0.12), 0.84, 0.76, fill=False, ec=INK if fresh else "#BBBBBB",
+                                      lw=2.4 if fresh else 0.8))  # fmt: skip
+    table.set(xlim=(0, ranks), ylim=(ranks, 0))
+    table.set_xticks([c + 0.5 for c in range(ranks)], [f"{c}" for c in range(ranks)])
+    table.set_yticks([r + 0.5 for r in range(ranks)], [f"rank {r}" for r in range(ranks)])
+    table.set_xlabel("chunk (a stripe: whose numbers are in the sum; thick: just arrived)", fontsize=8)
+    table.tick_params(length=0, labelsize=9)
+    table.spines[:].set_visible(False)
+    whole = sum(len(copy) == ranks for row in held for copy in row)
+    table.set_title(f"step {step} of {last} ({phase}): {whole} of {ranks * ranks} copies complete", fontsize=9)
+
+    sentence = f"Ring all-reduce on {ranks} ranks, after step {step} of {last}"
+    if step == 0:
+        sentence += ": nothing has been sent, each rank holds its own numbers only."
+    else:
+        moves = ", ".join(f"{r}→{(r + 1) % ranks} chunk {chunk}" for r, chunk in enumerate(sent))
+        sentence += f" ({phase}): {moves}; {whole} of {ranks * ranks} copies are complete sums."
+    return describe(drawing, sentence)
+
+
+# -- bars -------------------------------------------------------------------------------------------------------------
+
+
+def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str, title: str = "") -> Figure:
+    """Horizontal bars, one a name, stacked from `parts`, with the total written at the end of each.
+
+    Args:
+        names: the bars, top to bottom.
+        parts: for each part of the legend, its size in each bar.
+        unit: of the sizes, "MB" or "bytes" for instance.
+    """
+    drawing, (panel,) = figure(7.0, 0.9 + 0.36 * len(names) + 0.22 * (len(parts) > 1))
+    totals = [sum(part[i] for part in parts.values()) for i in range(len(names))]
+    left = [0.0] * len(names)
+    for i, (part, sizes) in enumerate(parts.items()):
+        panel.barh(range(len(names)), sizes, left=left, color=PALETTE[i], edgecolor=INK, linewidth=0.6, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for i, total in enumerate(totals):
+        panel.text(total + max(totals) * 0.012, i, f"{total:,.4g}" if total < 1e4 else f"{total:,.0f}", va="center", fontsize=9)
+    panel.set_yticks(range(len(names)), names)
+    panel.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, max(totals) * 1.14 or 1), xlabel=unit)
+    panel.tick_params(axis="y", length=0)
+    panel.set_title(title, fontsize=10)
+    if len(parts) > 1:
+        drawing.legend(loc="outside upper center", ncols=len(parts), fontsize=9, frameon=False)
+    listed = "; ".join(
+        f"{name}: " + ", ".join(f"{part} {sizes[i]:,.4g}" for part, sizes in parts.items()) for i, name in enumerate(names)
+    )
+    return describe(drawing, f"{title + '. ' if title else ''}Bars in {unit}. {listed}.")
+
+
+# -- timelines --------------------------------------------------------------------------------------------------------
+
+COLORS = {Op.F: PALETTE[0], Op.B: PALETTE[1], Op.I: PALETTE[6], Op.W: PALETTE[2]}
+NAMES = {Op.F: "F forward", Op.B: "B backward", Op.I: "I input gradient", Op.W: "W weight gradient"}
+UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+ROW = 0.42  # inches
+
+
+def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str | None = None) -> Figure:
+    """A timeline, predicted or recorded: a row a rank, a box an action, the microbatch written in it.
+
+    Where a rank has several virtual stages, the stage stands below the microbatch, and later ones are paler.
+    Thin gray bars are communication. A number is left out where it does not fit into its box.
+
+    Args:
+        ax: where to draw; a new figure by default. The figure is returned either way.
+        unit: "s", "ms" or "µs"; any other text names the unit of a prediction in steps. Chosen by length if None.
+    """
+    ranks = timeline.ranks
+    if ax is None:
+        _, (ax,) = figure(9.0, ROW * len(ranks) + 1.15)
+    drawing = ax.get_figure(root=True)
+    assert drawing is not None
+    unit = unit or next((u for u, scale in UNITS.items() if timeline.end * scale >= 2), "µs")
+    scale, origin = UNITS.get(unit, 1.0), min(s.start for s in timeline.spans)
+    length = timeline.end * scale
+    stages = {rank: sorted({s.action.stage for s in timeline.of(rank)}) for rank in ranks}
+    virtual = max(map(len, stages.values())) > 1
+    points = 0.86 * drawing.get_figwidth() * 72 / length  # of the page, a unit of time
+
+    for row, rank in enumerate(ranks):
+        ax.add_patch(Rectangle((0, row - 0.42), length, 0.84, fc=PALE, ec="none"))
+        for s in timeline.of(rank):
+            start, wide = (s.start - origin) * scale, (s.end - s.start) * scale
+            if s.action.op not in COLORS:
+                ax.add_patch(Rectangle((start, row + 0.3), wide, 0.12, fc=LINE, ec="none", zorder=3))
+                continue
+            chunk, chunks = stages[rank].index(s.action.stage), len(stages[rank])
+            color = _lighter(COLORS[s.action.op], 0.55 * chunk / max(chunks - 1, 1))
+            ax.add_patch(Rectangle((start, row - 0.42), wide, 0.84, fc=color, ec=INK, lw=0.5, zorder=2))
+            lines = [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
+            size = min(9.0, wide * points * 0.85 / (0.62 * max(map(len, lines))))
+            if size >= 4.5:
+                ax.text(start + wide / 2, row, "\n".join(lines), ha="center", va="center", fontsize=size,
+                        color=INK, linespacing=1.0, zorder=4, clip_on=True)  # fmt: skip
+
+    ax.set(xlim=(0, length * 1.001), ylim=(len(ranks) - 0.5, -0.5), xlabel=f"time ({unit})")
+    ax.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
+    ax.tick_params(axis="y", length=0)
+    ax.set_title(title, fontsize=10, loc="left")
+    used = [op for op in COLORS if any(s.action.op == op for s in timeline.spans)]
+    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used] + [Patch(fc=PALE, label="idle")]
+    if any(s.action.op not in COLORS and s.end > s.start for s in timeline.spans):
+        handles.append(Patch(fc=LINE, label="communication"))
+    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), fontsize=8, frameon=False,
+              borderaxespad=0.2, columnspacing=1.2, handlelength=1.2)  # fmt: skip
+
+    busy = sum(s.end - s.start for s in timeline.spans if s.action.op in COLORS)
+    idle = 1 - busy / (timeline.end * len(ranks))
+    sentence = f"{title or 'A timeline'}: {len(ranks)} ranks, {length:.3g} {unit}, {idle:.0%} of the rank time idle."
+    for rank in ranks:
+        order = [s for s in timeline.of(rank) if s.action.op in COLORS]
+        sentence += f" Rank {rank}: {' '.join(str(s.action) for s in order)}."
+    return describe(drawing, sentence)
+
+
+def compare(predicted: Timeline, recorded: Timeline, unit: str = "forward passes") -> Figure:
+    """A predicted run above the recorded one. Each panel has its own unit; within one all ranks share it.
+
+    Args:
+        unit: of the prediction; one of "s", "ms", "µs" puts both panels on the same scale.
+    """
+    rows = len(predicted.ranks) + len(recorded.ranks)
+    drawing, (above, below) = figure(9.0, ROW * rows + 2.0, rows=2)
+    first = description(draw(predicted, above, "predicted", unit))
+    shared = unit if unit in UNITS else None
+    second = description(draw(recorded, below, "recorded, on this machine", shared))
+    if shared:
+        longest = max(predicted.end, recorded.end) * UNITS[unit]
+        above.set_xlim(0, longest)
+        below.set_xlim(0, longest)
+    return describe(drawing, f"{first} {second}")
