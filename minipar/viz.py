@@ -1,8 +1,8 @@
 """Pictures of meshes, rings and timelines, each with a sentence that describes it.
 
-Every function here returns a matplotlib Figure that carries its own description (its label, in matplotlib's words).
-`show` puts both into the notebook: the description is the alt text of the image. The colors are Okabe and Ito's,
-which readers with any of the common color deficiencies can tell apart, and no picture relies on color alone.
+Every function here returns a matplotlib Figure that carries its own description (matplotlib calls it label).
+`show` puts both into the notebook: the description is the image's alt text. The colors are those of Okabe and
+Ito, which readers with the common color deficiencies tell apart; no picture relies on color alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -22,17 +22,20 @@ from .mesh import Mesh
 from .schedule import Op
 from .timeline import Timeline
 
-# Okabe & Ito, "Color Universal Design" (2008), without black, in an order whose neighbors differ in lightness too.
+# Okabe & Ito, "Color Universal Design" (2008), without black, neighbors of different lightness.
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 INK, PALE, LINE = "#222222", "#F2F2F2", "#666666"
+CENTER: dict[str, Any] = {"ha": "center", "va": "center", "color": INK}
 DPI = 100  # of every picture in a notebook: fixed, so that a rebuilt notebook holds the same bytes
 
 
-# -- figures and their descriptions -----------------------------------------------------------------------------------
+# -- figures and their descriptions --------------------------------------------------------------------------
 
 
-def figure(width: float = 7.0, height: float = 3.0, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` by `height` inches and its axes, row by row, without the two spines nobody reads."""
+def figure(
+    width: float = 7.0, height: float = 3.0, rows: int = 1, columns: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches and its axes, row by row, without the top and right spines."""
     drawing = Figure(figsize=(width, height), layout="constrained")
     panels = [drawing.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for panel in panels:
@@ -49,12 +52,14 @@ def describe(drawing: Figure, sentence: str) -> Figure:
 def description(drawing: Figure) -> str:
     """The sentence given to `describe`. Raises ValueError where there is none."""
     if not (sentence := str(drawing.get_label())):
-        raise ValueError("this figure has no description: call describe(figure, 'one sentence') or show(figure, alt=...)")
+        raise ValueError(
+            "this figure has no description: call describe(figure, 'one sentence') or show(figure, alt=...)"
+        )
     return sentence
 
 
 def png(drawing: Figure, dpi: int = DPI, colors: int | None = None) -> bytes:
-    """The figure as a PNG file: the same figure gives the same bytes. `colors` limits the palette, for small files."""
+    """The figure as a PNG file, the same bytes each time. `colors` limits its palette, for a small file."""
     from PIL import Image  # matplotlib brings it; only pictures need it
 
     buffer = io.BytesIO()
@@ -68,7 +73,7 @@ def png(drawing: Figure, dpi: int = DPI, colors: int | None = None) -> bytes:
 
 
 class Picture:
-    """A figure as notebooks show it: an HTML image with alt text, because JupyterLab drops the alt text of a PNG."""
+    """A figure as notebooks show it: HTML with alt text, because JupyterLab drops the alt text of a PNG."""
 
     def __init__(self, drawing: Figure, dpi: int = DPI):
         self.alt = description(drawing)
@@ -97,11 +102,11 @@ def _lighter(color: str, share: float) -> tuple[float, float, float]:
     return r + share, g + share, b + share
 
 
-# -- meshes -----------------------------------------------------------------------------------------------------------
+# -- meshes --------------------------------------------------------------------------------------------------
 
 
 def _place(mesh: Mesh, rank: int, used: Sequence[str]) -> tuple[float, float]:
-    """Where a rank's box stands: axes go right and down by turns, innermost first, with gaps that grow outwards."""
+    """Where a rank's box stands: axes go right and down by turns, innermost first; gaps grow outwards."""
     where, at, step, gap = mesh.coordinate(rank), [0.0, 0.0], [1.0, 1.0], [0.12, 0.12]
     for depth, axis in enumerate(reversed(used)):
         side = depth % 2
@@ -112,7 +117,7 @@ def _place(mesh: Mesh, rank: int, used: Sequence[str]) -> tuple[float, float]:
 
 
 def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
-    """The ranks of a mesh as a grid of boxes, each with its coordinates; the groups of one axis by color and letter.
+    """The ranks of a mesh as boxes with their coordinates; the groups of one axis by color and letter.
 
     Args:
         mesh: readable for up to about 64 ranks.
@@ -124,7 +129,9 @@ def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
     places = [_place(mesh, rank, used) for rank in range(mesh.size)]
     columns, rows = (max(place[i] for place in places) + 1 for i in (0, 1))
     scale = min(1.0, 9 / columns)
-    drawing = Figure(figsize=(max(3.2, columns * scale + 0.2), rows * scale * 0.72 + 0.5), layout="constrained")
+    drawing = Figure(
+        figsize=(max(3.2, columns * scale + 0.2), rows * scale * 0.72 + 0.5), layout="constrained"
+    )
     panel = drawing.add_subplot()
     crowded = scale < 0.8 or len(used) > 3
     groups = mesh.lines(axis) if axis else []
@@ -134,15 +141,19 @@ def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
         color = PALE if group is None else _lighter(PALETTE[group % len(PALETTE)], 0.35)
         edge = LINE if group is None else INK
         panel.add_patch(
-            FancyBboxPatch((x + 0.08, y + 0.08), 0.84, 0.84, boxstyle="round,pad=0,rounding_size=0.1", fc=color, ec=edge)
+            FancyBboxPatch(
+                (x + 0.08, y + 0.08), 0.84, 0.84, boxstyle="round,pad=0,rounding_size=0.1", fc=color, ec=edge
+            )
         )
         beside = 0.2 if crowded and group is not None else 0  # makes room for two letters
-        panel.text(x + 0.5 + beside, y + 0.36, str(rank), ha="center", va="center", fontsize=15 * scale, color=INK)
+        panel.text(x + 0.5 + beside, y + 0.36, str(rank), **CENTER, fontsize=15 * scale)
         where = mesh.coordinate(rank)
         coordinates = " ".join(f"{where[name]}" if crowded else f"{name}{where[name]}" for name in used)
-        panel.text(x + 0.5, y + 0.72, coordinates, ha="center", va="center", fontsize=7.5 * max(scale, 0.8), color=INK)
+        panel.text(x + 0.5, y + 0.72, coordinates, **CENTER, fontsize=7.5 * max(scale, 0.8))
         if group is not None:
-            panel.text(x + 0.14, y + 0.26, _letters(group), va="center", fontsize=8 * max(scale, 0.8), weight="bold")
+            panel.text(
+                x + 0.14, y + 0.26, _letters(group), va="center", fontsize=8 * max(scale, 0.8), weight="bold"
+            )
     panel.set(xlim=(-0.05, columns + 0.05), ylim=(rows + 0.05, -0.05), aspect=0.72)
     panel.axis("off")
     sizes = " × ".join(f"{name} {mesh.shape[name]}" for name in used) or "one rank"
@@ -161,7 +172,7 @@ def _letters(number: int) -> str:
     return (_letters(first - 1) if first else "") + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[last]
 
 
-# -- the ring ---------------------------------------------------------------------------------------------------------
+# -- the ring ------------------------------------------------------------------------------------------------
 
 
 class Ring(NamedTuple):
@@ -169,14 +180,14 @@ class Ring(NamedTuple):
 
     phase: str
     sent: list[int | None]  # sent[rank]: the chunk this rank sent to rank + 1 in the last step
-    held: list[list[frozenset[int]]]  # held[rank][chunk]: whose contributions this rank's copy of the chunk sums
+    held: list[list[frozenset[int]]]  # [rank][chunk]: whose numbers this copy of the chunk sums
 
 
 def ring_state(ranks: int, step: int) -> Ring:
     """The state of a ring all-reduce of `ranks` chunks after `step` of its 2(ranks - 1) steps.
 
-    In the first half (reduce-scatter) rank r sends chunk r - 1 - s, and the receiver adds it to its own, so that rank
-    r ends with the sum of chunk r. In the second (all-gather) it sends chunk r - s, which replaces the receiver's.
+    In the first half (reduce-scatter) rank r sends chunk r - 1 - s; the receiver adds it to its own. Rank r ends
+    with the sum of chunk r. In the second (all-gather) it sends chunk r - s, which replaces the receiver's.
     """
     held = [[frozenset({rank})] * ranks for rank in range(ranks)]
     sent: list[int | None] = [None] * ranks
@@ -194,7 +205,7 @@ def ring_state(ranks: int, step: int) -> Ring:
 
 
 def draw_ring(ranks: int, step: int) -> Figure:
-    """A ring all-reduce after `step` steps: who sent what to whom, and whose numbers each copy of a chunk now sums.
+    """A ring all-reduce after `step` steps: who sent what to whom, and whose numbers each copy now sums.
 
     Args:
         ranks: 2 to 8; the tensor is cut into as many chunks.
@@ -213,17 +224,36 @@ def draw_ring(ranks: int, step: int) -> Figure:
         to = (rank + 1) % ranks
         circle.add_patch(
             FancyArrowPatch(
-                spots[rank], spots[to], connectionstyle=f"arc3,rad={-0.5 if ranks == 2 else -0.28 if ranks < 6 else 0}",
-                arrowstyle="-|>", mutation_scale=12, shrinkA=14, shrinkB=14, color=INK if step else "#BBBBBB", lw=1.5,
-            )  # fmt: skip
+                spots[rank],
+                spots[to],
+                connectionstyle=f"arc3,rad={-0.5 if ranks == 2 else -0.28 if ranks < 6 else 0}",
+                arrowstyle="-|>",
+                mutation_scale=12,
+                shrinkA=14,
+                shrinkB=14,
+                color=INK if step else "#BBBBBB",
+                lw=1.5,
+            )
         )
         if (chunk := sent[rank]) is not None:
             middle = 2 * math.pi * (rank + 0.5) / ranks
             out = 0.62 if ranks == 2 else 1.17 if ranks < 6 else 1.24
-            circle.text(out * math.sin(middle), out * math.cos(middle), f"{chunk}", ha="center", va="center",
-                        fontsize=10, bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": INK, "lw": 0.8})  # fmt: skip
-        circle.text(x, y, f"{rank}", ha="center", va="center", fontsize=13,
-                    bbox={"boxstyle": "circle,pad=0.35", "fc": PALETTE[rank], "ec": INK})  # fmt: skip
+            circle.text(
+                out * math.sin(middle),
+                out * math.cos(middle),
+                f"{chunk}",
+                **CENTER,
+                fontsize=10,
+                bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": INK, "lw": 0.8},
+            )
+        circle.text(
+            x,
+            y,
+            f"{rank}",
+            **CENTER,
+            fontsize=13,
+            bbox={"boxstyle": "circle,pad=0.35", "fc": PALETTE[rank], "ec": INK},
+        )
     circle.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
     circle.set_title("circle: a rank; square: the chunk it sent on", fontsize=9)
     circle.axis("off")
@@ -235,12 +265,28 @@ def draw_ring(ranks: int, step: int) -> Figure:
             for other in range(ranks):
                 inside = other in held[rank][chunk]
                 left = chunk + 0.08 + other * slot
-                table.add_patch(Rectangle((left, rank + 0.12), slot, 0.76, fc=PALETTE[other] if inside else "white",
-                                          ec="white", lw=0.6))  # fmt: skip
+                table.add_patch(
+                    Rectangle(
+                        (left, rank + 0.12),
+                        slot,
+                        0.76,
+                        fc=PALETTE[other] if inside else "white",
+                        ec="white",
+                        lw=0.6,
+                    )
+                )
                 if inside and ranks <= 5:
-                    table.text(left + slot / 2, rank + 0.5, f"{other}", ha="center", va="center", fontsize=8)
-            table.add_patch(Rectangle((chunk + 0.08, rank + 0.12), 0.84, 0.76, fill=False, ec=INK if fresh else "#BBBBBB",
-                                      lw=2.4 if fresh else 0.8))  # fmt: skip
+                    table.text(left + slot / 2, rank + 0.5, f"{other}", **CENTER, fontsize=8)
+            table.add_patch(
+                Rectangle(
+                    (chunk + 0.08, rank + 0.12),
+                    0.84,
+                    0.76,
+                    fill=False,
+                    ec=INK if fresh else "#BBBBBB",
+                    lw=2.4 if fresh else 0.8,
+                )
+            )
     table.set(xlim=(0, ranks), ylim=(ranks, 0))
     table.set_xticks([c + 0.5 for c in range(ranks)], [f"{c}" for c in range(ranks)])
     table.set_yticks([r + 0.5 for r in range(ranks)], [f"rank {r}" for r in range(ranks)])
@@ -248,7 +294,9 @@ def draw_ring(ranks: int, step: int) -> Figure:
     table.tick_params(length=0, labelsize=9)
     table.spines[:].set_visible(False)
     whole = sum(len(copy) == ranks for row in held for copy in row)
-    table.set_title(f"step {step} of {last} ({phase}): {whole} of {ranks * ranks} copies complete", fontsize=9)
+    table.set_title(
+        f"step {step} of {last} ({phase}): {whole} of {ranks * ranks} copies complete", fontsize=9
+    )
 
     sentence = f"Ring all-reduce on {ranks} ranks, after step {step} of {last}"
     if step == 0:
@@ -259,10 +307,12 @@ def draw_ring(ranks: int, step: int) -> Figure:
     return describe(drawing, sentence)
 
 
-# -- bars -------------------------------------------------------------------------------------------------------------
+# -- bars ----------------------------------------------------------------------------------------------------
 
 
-def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str, title: str = "") -> Figure:
+def draw_bars(
+    names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str, title: str = ""
+) -> Figure:
     """Horizontal bars, one a name, stacked from `parts`, with the total written at the end of each.
 
     Args:
@@ -274,10 +324,18 @@ def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: 
     totals = [sum(part[i] for part in parts.values()) for i in range(len(names))]
     left = [0.0] * len(names)
     for i, (part, sizes) in enumerate(parts.items()):
-        panel.barh(range(len(names)), sizes, left=left, color=PALETTE[i], edgecolor=INK, linewidth=0.6, label=part)
+        panel.barh(
+            range(len(names)), sizes, left=left, color=PALETTE[i], edgecolor=INK, linewidth=0.6, label=part
+        )
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for i, total in enumerate(totals):
-        panel.text(total + max(totals) * 0.012, i, f"{total:,.4g}" if total < 1e4 else f"{total:,.0f}", va="center", fontsize=9)
+        panel.text(
+            total + max(totals) * 0.012,
+            i,
+            f"{total:,.4g}" if total < 1e4 else f"{total:,.0f}",
+            va="center",
+            fontsize=9,
+        )
     panel.set_yticks(range(len(names)), names)
     panel.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, max(totals) * 1.14 or 1), xlabel=unit)
     panel.tick_params(axis="y", length=0)
@@ -285,12 +343,13 @@ def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: 
     if len(parts) > 1:
         drawing.legend(loc="outside upper center", ncols=len(parts), fontsize=9, frameon=False)
     listed = "; ".join(
-        f"{name}: " + ", ".join(f"{part} {sizes[i]:,.4g}" for part, sizes in parts.items()) for i, name in enumerate(names)
+        f"{name}: " + ", ".join(f"{part} {sizes[i]:,.4g}" for part, sizes in parts.items())
+        for i, name in enumerate(names)
     )
     return describe(drawing, f"{title + '. ' if title else ''}Bars in {unit}. {listed}.")
 
 
-# -- timelines --------------------------------------------------------------------------------------------------------
+# -- timelines -----------------------------------------------------------------------------------------------
 
 COLORS = {Op.F: PALETTE[0], Op.B: PALETTE[1], Op.I: PALETTE[6], Op.W: PALETTE[2]}
 NAMES = {Op.F: "F forward", Op.B: "B backward", Op.I: "I input gradient", Op.W: "W weight gradient"}
@@ -306,7 +365,7 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
 
     Args:
         ax: where to draw; a new figure by default. The figure is returned either way.
-        unit: "s", "ms" or "µs"; any other text names the unit of a prediction in steps. Chosen by length if None.
+        unit: "s", "ms" or "µs"; other text names a prediction's unit. Chosen by length if None.
     """
     ranks = timeline.ranks
     if ax is None:
@@ -330,26 +389,49 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
             chunk, chunks = stages[rank].index(s.action.stage), len(stages[rank])
             color = _lighter(COLORS[s.action.op], 0.55 * chunk / max(chunks - 1, 1))
             ax.add_patch(Rectangle((start, row - 0.42), wide, 0.84, fc=color, ec=INK, lw=0.5, zorder=2))
-            lines = [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
+            lines = (
+                [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
+            )
             size = min(9.0, wide * points * 0.85 / (0.62 * max(map(len, lines))))
             if size >= 4.5:
-                ax.text(start + wide / 2, row, "\n".join(lines), ha="center", va="center", fontsize=size,
-                        color=INK, linespacing=1.0, zorder=4, clip_on=True)  # fmt: skip
+                ax.text(
+                    start + wide / 2,
+                    row,
+                    "\n".join(lines),
+                    **CENTER,
+                    fontsize=size,
+                    linespacing=1.0,
+                    zorder=4,
+                    clip_on=True,
+                )
 
     ax.set(xlim=(0, length * 1.001), ylim=(len(ranks) - 0.5, -0.5), xlabel=f"time ({unit})")
     ax.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     ax.tick_params(axis="y", length=0)
     ax.set_title(title, fontsize=10, loc="left")
     used = [op for op in COLORS if any(s.action.op == op for s in timeline.spans)]
-    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used] + [Patch(fc=PALE, label="idle")]
+    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used] + [
+        Patch(fc=PALE, label="idle")
+    ]
     if any(s.action.op not in COLORS and s.end > s.start for s in timeline.spans):
         handles.append(Patch(fc=LINE, label="communication"))
-    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), fontsize=8, frameon=False,
-              borderaxespad=0.2, columnspacing=1.2, handlelength=1.2)  # fmt: skip
+    ax.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
 
     busy = sum(s.end - s.start for s in timeline.spans if s.action.op in COLORS)
     idle = 1 - busy / (timeline.end * len(ranks))
-    sentence = f"{title or 'A timeline'}: {len(ranks)} ranks, {length:.3g} {unit}, {idle:.0%} of the rank time idle."
+    sentence = (
+        f"{title or 'A timeline'}: {len(ranks)} ranks, {length:.3g} {unit}, {idle:.0%} of the rank time idle."
+    )
     for rank in ranks:
         order = [s for s in timeline.of(rank) if s.action.op in COLORS]
         sentence += f" Rank {rank}: {' '.join(str(s.action) for s in order)}."

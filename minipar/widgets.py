@@ -1,15 +1,16 @@
 """Explorers: a picture with sliders that works with a kernel and without one.
 
-`explore(fn, **choices)` shows sliders over the real function, and in the same output a static copy with one frame
-for every setting, drawn beforehand. Which of the two a reader sees:
+`explore(fn, **choices)` shows sliders over the real function, and in the same output a static copy with one
+frame for every setting, drawn beforehand. Which of the two a reader sees:
 
 - after running the cell, in JupyterLab or Notebook: the live one, which calls `fn` for each move;
-- on a saved page (nbconvert, a web site) or in a trusted notebook: the static one, moved by the script it carries;
-- in a notebook that the reader's Jupyter does not trust yet, which drops scripts: the first frame, its description,
-  and a line that says to run the cell.
+- on a saved page (nbconvert, a web site) or in a trusted notebook: the static one, moved by the script it
+  carries;
+- in a notebook that the reader's Jupyter does not trust yet, which drops scripts: the first frame, its
+  description, and a line that says to run the cell.
 
-The output holds no random ids but the live widget's own. What builds a notebook leaves that one out (its kernel is
-gone), so a rebuild changes nothing.
+The output holds no random ids but the live widget's own. The notebook builder leaves that one out, since its
+kernel is gone; so a rebuild changes nothing.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
         fn: draws and returns a figure with a description (`viz.describe`); it depends on its arguments only.
         choices: for each argument of `fn` the values that its slider goes through, the first one shown first.
 
-    Raises ValueError if the settings are none or more than 200, since every one of them is drawn and saved with
-    the page; TypeError if `fn` returns something else than a figure.
+    Raises ValueError if the settings are none or more than 200, since each is drawn and saved with the page;
+    TypeError if `fn` returns something else than a figure.
     """
     from IPython.display import display
 
@@ -134,8 +135,8 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
     if not grid or not 1 <= count <= MOST_FRAMES:
         sizes = " × ".join(f"{len(values)} of {name}" for name, values in grid.items()) or "no choices"
         raise ValueError(
-            f"{sizes} is {count if grid else 0} frames; an explorer draws and saves each, so 1 to {MOST_FRAMES} fit: "
-            "give fewer values"
+            f"{sizes} is {count if grid else 0} frames; an explorer draws and saves each of them: "
+            f"give values for 1 to {MOST_FRAMES} frames"
         )
     pictures: dict[str, int] = {}
     sentences: dict[str, int] = {}
@@ -143,7 +144,9 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
     for setting in itertools.product(*grid.values()):
         source, sentence = _frame(fn, dict(zip(grid, setting, strict=True)))
         data = source.partition(",")[2]
-        frames.append((pictures.setdefault(data, len(pictures)), sentences.setdefault(sentence, len(sentences))))
+        frames.append(
+            (pictures.setdefault(data, len(pictures)), sentences.setdefault(sentence, len(sentences)))
+        )
     data = json.dumps(
         {
             "sizes": [len(values) for values in grid.values()],
@@ -163,7 +166,7 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
     )
 
 
-# -- explorers that several chapters use ------------------------------------------------------------------------------
+# -- explorers that several chapters use ---------------------------------------------------------------------
 
 
 def ring_explorer(ranks: Iterable[int] = (2, 3, 4, 5)) -> None:
