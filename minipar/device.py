@@ -1,0 +1,25 @@
+"""Which device and which backend a rank gets. The only file with torch.cuda calls."""
+
+import torch
+
+
+def pick(device: str | None, local_rank: int = 0, local_ranks: int = 1) -> tuple[torch.device, str]:
+    """Choose for one of the `local_ranks` ranks of this machine, and make the device this process's current one.
+
+    device: None or "cpu"; "cuda"; or "auto": cuda where every rank of this machine has a GPU of its own, else cpu.
+    Returns the device and the backend of torch.distributed that fits: gloo on the CPU and where ranks share a GPU
+    (nccl refuses two ranks on one), else nccl for GPU tensors beside gloo for what is on the CPU.
+    Raises ValueError for a device that is not one of these or not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if gpus >= local_ranks else "cpu"
+    if device in (None, "cpu"):
+        return torch.device("cpu"), "gloo"
+    if device != "cuda":
+        raise ValueError(f"device={device!r}: it can be None, 'cpu', 'cuda' or 'auto'")
+    if not gpus:
+        raise ValueError("device='cuda': torch sees no CUDA GPU here; leave device out to use the CPU")
+    mine = torch.device("cuda", local_rank % gpus)
+    torch.cuda.set_device(mine)
+    return mine, "cpu:gloo,cuda:nccl" if gpus >= local_ranks else "gloo"
