@@ -26,9 +26,9 @@ $(READY): requirements.lock pyproject.toml
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && [ ! -e /proc/driver/nvidia ] \
 	   && $(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' \
 	      $(CPU_WHEELS)/torch/ 2>/dev/null; \
-	 then $(BIN)/python -m pip install -q --no-deps --extra-index-url $(CPU_WHEELS) \
+	 then $(BIN)/python -m pip install -q --no-compile --no-deps --extra-index-url $(CPU_WHEELS) \
 	      "$$(grep '^torch==' requirements.lock)"; fi
-	@$(BIN)/python -m pip install -q -r requirements.lock
+	@$(BIN)/python -m pip install -q --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -1,8 +1,9 @@
 """The text that every chapter trains on, its tokenizer, and batches of it.
 
-The text is the reference that Python's own `help()` prints: `pydoc_data.topics` of CPython 3.11.7, frozen here because
-it differs from one Python to the next. It is under the PSF license, which lies beside it. The tokenizer is a byte-level
-BPE of 512 tokens that `train_tokenizer` made from this text, so any text can be encoded and nothing is ever unknown.
+The text is the reference that Python's own `help()` prints: `pydoc_data.topics` of CPython 3.11.7,
+frozen here because it differs from one Python to the next. It is under the PSF license, which lies
+beside it. The tokenizer is a byte-level BPE of 512 tokens that `train_tokenizer` made from this text:
+any text can be encoded.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ _DATA = resources.files("minipar") / "corpus_data"
 @cache
 def text() -> str:
     """The corpus: 79 topics in alphabetical order, each under its name; about 465,000 characters."""
-    # Bytes, not text mode: no newline may be translated, or the hash and the tokens would depend on the platform.
+    # Bytes, not text mode: a translated newline would change the hash and the tokens.
     return (_DATA / "python_topics.txt").read_bytes().decode()
 
 
@@ -48,15 +49,16 @@ def train_tokenizer(corpus: str, vocab: int = VOCAB) -> Tokenizer:
 
 @cache
 def tokens() -> Tensor:
-    """The whole corpus as token ids: a 1-d int64 tensor. Every call returns the same tensor, so do not write to it."""
+    """The whole corpus as token ids, 1-d int64. Every call returns the same tensor, so do not write to it."""
     return torch.tensor(tokenizer().encode(text()).ids)
 
 
 def batches(steps: int, rows: int, context: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Give `steps` pairs (tokens, targets), each (rows, context) int64, where targets are the next tokens.
 
-    The windows start at random places drawn from `seed` alone: every rank that asks with the same numbers gets the
-    same global batch, whatever it drew before. Raises ValueError for a context that the corpus cannot fill.
+    The windows start at random places drawn from `seed` alone: every rank that asks with the same
+    numbers gets the same global batch, whatever it drew before. Raises ValueError for a context that the
+    corpus cannot fill.
     """
     data = tokens()
     if not 0 < context < len(data):

@@ -1,4 +1,4 @@
-"""The corpus is the frozen text, its tokenizer is the one that training gives, and batches depend on the seed alone."""
+"""The text is the frozen one, its tokenizer is what training gives, and batches depend on the seed alone."""
 
 import hashlib
 
