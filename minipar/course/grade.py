@@ -1,0 +1,224 @@
+"""Grade exercise notebooks with nbval, one verdict a task.
+
+From the learner's file come the answers and nothing else, found by cell id. Set-up, checks and what a check prints
+come from the solution. Before each answer the names in the kernel are those of the reference: its set-up and its
+earlier answers, so a task never fails for an earlier one. An answer that ends or hangs the kernel costs its own task
+only: the next starts in a fresh kernel.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
+
+from .kernel import CellFailed, Kernel, KernelDied
+from .tasks import CourseError, Solution, Task, read_solution, solutions_folder
+
+SECONDS = 60.0  # a cell may take; `seconds` in the metadata of a check says otherwise
+NAMES = "__import__('minipar.course.names', fromlist=['names'])"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one task went: "pass", "fail" or "todo" (not begun). `reason` is for the learner."""
+
+    task: Task
+    outcome: str
+    reason: str
+    seconds: float
+
+
+def grade(
+    notebook: Path, report: Callable[[Verdict], None] = lambda verdict: None, kernel: Kernel | None = None
+) -> list[Verdict]:
+    """The verdict on every task of an exercise notebook, in order; `report` hears of each as it falls.
+
+    kernel: one that was started ahead. It is used up. Raises CourseError when the solution is not found, CellFailed
+    when the set-up of the notebook itself does not run.
+    """
+    kernel = kernel or Kernel(notebook.resolve().parent)
+    try:
+        solution = read_solution(solutions_folder(notebook) / notebook.name)
+        grader = _Grader(solution, _answers(notebook), kernel, report)
+    except BaseException:
+        kernel.stop()
+        raise
+    options = ["-c", os.devnull, "--rootdir", str(notebook.resolve().parent), "--noconftest", "--color=no", "-s"]
+    plugins = ["--disable-plugin-autoload", "-p", "nbval.plugin", "-p", "no:cacheprovider"]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            pytest.main([*options, *plugins, str(notebook)], plugins=[grader])
+    finally:
+        grader.kernel.stop()
+    if grader.broken:
+        raise grader.broken
+    if len(grader.verdicts) != len(grader.solution.tasks):
+        raise RuntimeError(f"the grader itself failed:\n{printed.getvalue()}")
+    return grader.verdicts
+
+
+class _Grader:
+    """A pytest plugin that collects one notebook and listens to how its cells go."""
+
+    def __init__(
+        self,
+        solution: Solution,
+        answers: dict[str, NotebookNode],
+        kernel: Kernel,
+        report: Callable[[Verdict], None],
+    ):
+        self.solution, self.answers, self.kernel, self.report = solution, answers, kernel, report
+        self.out = sys.stdout
+        self.verdicts: list[Verdict] = []
+        self.failed: dict[str, tuple[str, str]] = {}  # task -> outcome, reason
+        self.started = 0.0
+        self.ready_for = -1  # the task that the names in the kernel are right for
+        self.broken: Exception | None = None
+
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> "_File":
+        return _File.from_parent(parent, path=file_path, grader=self)
+
+    def prepare(self, task: Task) -> None:
+        """Names as they should be before this task: on the reference's earlier answers."""
+        try:
+            self._advance(task)
+        except KernelDied:  # an earlier answer left something behind that ended it just now
+            self._advance(task)
+        self.started = time.perf_counter()
+
+    def _advance(self, task: Task) -> None:
+        wanted = self.solution.tasks.index(task)
+        if self.kernel.spoiled:
+            folder = self.kernel.folder
+            self.kernel.stop()
+            self.kernel, self.ready_for = Kernel(folder), -1
+        self.kernel.ready()
+        if self.ready_for < 0:
+            for source in self.solution.setup:
+                self.kernel.do(source)
+            self.ready_for = 0
+        else:
+            self.kernel.do(f"{NAMES}.restore(globals())")
+        for earlier in self.solution.tasks[self.ready_for : wanted]:
+            self.kernel.do(earlier.answer.source)
+        self.ready_for = wanted
+        self.kernel.do(f"{NAMES}.keep(globals())")
+
+    def fell(self, task: Task) -> None:
+        outcome, reason = self.failed.get(task.id, ("pass", ""))
+        self.verdicts.append(Verdict(task, outcome, reason, time.perf_counter() - self.started))
+        with contextlib.redirect_stdout(self.out):
+            self.report(self.verdicts[-1])
+
+
+class _File(IPyNbFile):
+    """nbval's collector, over the learner's answers and the reference's checks."""
+
+    def __init__(self, *, grader: _Grader, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.grader = grader
+
+    @property
+    def kernel(self) -> Kernel:  # type: ignore[override]
+        return self.grader.kernel
+
+    def setup(self) -> None: ...
+
+    def teardown(self) -> None: ...
+
+    def collect(self) -> Iterator["_Cell"]:
+        for task in self.grader.solution.tasks:
+            yield self._cell(task, self.grader.answers.get(task.answer.id), checks=False)
+            yield self._cell(task, task.check, checks=True)
+
+    def _cell(self, task: Task, cell: NotebookNode | None, checks: bool) -> "_Cell":
+        options = defaultdict(bool, check=checks)
+        name = f"{task.id} {'check' if checks else 'answer'}"
+        made: _Cell = _Cell.from_parent(self, name=name, cell_num=0, cell=cell, options=options)
+        made.task, made.checks = task, checks
+        return made
+
+
+class _Cell(IPyNbCell):
+    """nbval's cell, which waits no longer than its task may take and knows what ended it."""
+
+    task: Task
+    checks: bool
+
+    def setup(self) -> None: ...
+
+    def runtest(self) -> None:
+        grader: _Grader = self.parent.grader
+        if grader.broken:
+            return
+        try:
+            if not self.checks:
+                grader.prepare(self.task)
+        except CellFailed as error:
+            grader.broken = error
+            return
+        if self.task.id not in grader.failed:
+            outcome = self._judge(grader.kernel)
+            if outcome:
+                grader.failed[self.task.id] = outcome
+        if self.checks:
+            grader.fell(self.task)
+
+    def _judge(self, kernel: Kernel) -> tuple[str, str] | None:
+        """None if the cell does what it should, else the outcome and the reason."""
+        if self.cell is None:
+            return "fail", f"The cell of this answer (id {self.task.answer.id}) is no longer in the notebook."
+        seconds = self.task.check.metadata.get("seconds", SECONDS)
+        self.config.option.nbval_cell_timeout = seconds
+        self.parent.timed_out = False
+        try:
+            super().runtest()
+        except (KernelDied, RuntimeError):  # nbval's own, where the kernel was gone before the cell
+            kernel.spoiled = True
+            return "fail", "This answer ended the kernel: does it call os._exit(), or run out of memory?"
+        except NbCellError as error:
+            if self.parent.timed_out:
+                return "fail", f"This ran for more than {seconds:g} s: is there a loop that does not end?"
+            return self._explain(error)
+        if kernel.asked_to_exit or kernel.reply["status"] != "ok":
+            return "fail", "This answer calls exit(): take that out."
+        return None
+
+    def _explain(self, error: NbCellError) -> tuple[str, str]:
+        raised = next((out for out in self.test_outputs if out.output_type == "error"), None)
+        if raised is None:
+            printed = "".join(out.get("text", "") for out in self.test_outputs).strip()
+            wanted = "".join(out.get("text", "") for out in self.cell.outputs).strip()
+            return "fail", f"The check prints\n  {printed or '(nothing)'}\nwhere the solution's prints\n  {wanted}"
+        name, message = raised.ename, ANSI.sub("", raised.evalue).strip()
+        message = re.sub(r"\(\d+\.py, line (\d+)\)", r"(line \1 of the answer)", message)  # of a SyntaxError
+        if "NotImplementedError" in (name, *re.findall(r"\w+Error", message)):
+            return "todo", "Not begun: NotImplementedError stands where your code goes."
+        if name == "AssertionError" and message:
+            return "fail", message
+        lines = [line for line in ANSI.sub("", "\n".join(raised.traceback)).splitlines() if line.startswith("--")]
+        at = [line for line in lines if "-->" in line][-1:]
+        return "fail", "\n".join([f"{name}: {message}", *at])
+
+
+def _answers(notebook: Path) -> dict[str, NotebookNode]:
+    """The code cells of the learner's file by id."""
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        raise CourseError(f"{notebook} cannot be read as a notebook: {error}") from error
+    return {cell.id: cell for cell in cells if cell.cell_type == "code"}

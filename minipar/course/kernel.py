@@ -1,0 +1,103 @@
+"""The kernel that exercises are graded in. It starts while the grader still loads, and a dead one is noticed at once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import ipykernel.kernelspec
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import KernelManager
+from nbval.kernel import RunningKernel
+
+# What the kernel does before it listens: torch is imported here and, at the same time, in the process that ranks are
+# forked from; one after the other they take twice as long.
+LAUNCH = """\
+import minipar.course
+__import__("time")
+import torch
+from ipykernel.kernelapp import launch_new_instance
+launch_new_instance()
+"""
+
+
+class KernelDied(Exception):
+    """The kernel's process has ended."""
+
+
+class CellFailed(Exception):
+    """A cell that should have worked did not. The message is its error."""
+
+
+class _ThisPython(KernelSpecManager):
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        argv = [sys.executable, "-c", LAUNCH, "-f", "{connection_file}", "--log-level=40"]
+        return KernelSpec(argv=argv, display_name="minipar", language="python", resource_dir=ipykernel.kernelspec.RESOURCES)
+
+
+class Kernel(RunningKernel):
+    """A kernel started in `folder`. Creating it does not wait; `ready()` does."""
+
+    def __init__(self, folder: Path):
+        self.km = KernelManager(kernel_name="minipar", kernel_spec_manager=_ThisPython())
+        self.km.start_kernel(cwd=str(folder), stderr=subprocess.DEVNULL)
+        self.folder = folder
+        self.kc: Any = None
+        self.reply: dict[str, Any] = {}
+        self.spoiled = False  # something in it cannot be trusted any more
+
+    def ready(self) -> None:
+        """Wait until it answers. RuntimeError after 60 s, or when it does not come up."""
+        if self.kc is None:
+            self.kc = self.km.client()
+            self.kc.start_channels()
+            self.kc.wait_for_ready(timeout=60)
+            self._ensure_iopub_up()
+
+    def get_message(self, stream: str, timeout: float | None = None) -> dict[str, Any]:
+        """The next message. KernelDied, rather than a long wait, if there will be none."""
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while True:
+            try:
+                return super().get_message(stream, max(0, min(0.2, end - time.monotonic())))
+            except Empty:
+                if not self.is_alive():
+                    self.spoiled = True
+                    raise KernelDied from None
+                if time.monotonic() >= end:
+                    raise
+
+    def await_reply(self, msg_id: str, timeout: float | None = None) -> None:
+        """As nbval's, and keeps the reply: it tells of an exit() that takes effect only afterwards."""
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while True:
+            message = self.get_message("shell", max(0, end - time.monotonic()))
+            if message["parent_header"].get("msg_id") == msg_id:
+                self.reply = message["content"]
+                self.spoiled |= self.asked_to_exit
+                return
+
+    @property
+    def asked_to_exit(self) -> bool:
+        return any(p.get("source") == "ask_exit" for p in self.reply.get("payload", []))
+
+    def interrupt(self) -> None:
+        self.spoiled = True
+        super().interrupt()
+
+    def stop(self) -> None:
+        if hasattr(self, "km"):  # nbval stops a kernel that cannot be interrupted by itself
+            if self.kc is not None:
+                self.kc.stop_channels()
+            self.km.shutdown_kernel(now=True)
+            del self.km
+
+    def do(self, source: str) -> None:
+        """Run code that must work. CellFailed if it does not, KernelDied if the kernel goes."""
+        msg_id = self.execute_cell_input(source, allow_stdin=False)
+        self.await_reply(msg_id, timeout=60)
+        self.await_idle(msg_id, timeout=5)
+        if self.reply["status"] != "ok":
+            raise CellFailed(f"{self.reply.get('ename')}: {self.reply.get('evalue')}")
