@@ -21,7 +21,7 @@ from torch import Tensor
 from .mesh import Mesh
 from .world import here
 
-# -- the ledger ---------------------------------------------------------------------------------------------------
+# -- the ledger ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _source() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-# -- transports ---------------------------------------------------------------------------------------------------
+# -- transports ----------------------------------------------------------------------------------------------
 
 
 class Work(Protocol):
@@ -171,7 +171,8 @@ class Torch:
     def all_gather(self, x: Tensor) -> Pending:
         whole = x.new_empty((len(self.ranks), *x.shape))
         entry = _enter("all_gather", self.axis, whole.nbytes * self._others)  # (n-1)/n of the whole
-        return Pending(dist.all_gather_into_tensor(whole.view(-1), x.view(-1), self.group, True), whole, entry)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+        return Pending(gather(whole.view(-1), x.view(-1), self.group, async_op=True), whole, entry)
 
     def all_to_all(self, x: Tensor, sizes: list[int], got: list[int], op: str) -> Pending:
         out = x.new_empty(sum(got))
@@ -240,7 +241,7 @@ def _landing(host: Pending, target: Tensor) -> Pending:
     return Pending(_Landing(host, target), target)
 
 
-# -- axes ---------------------------------------------------------------------------------------------------------
+# -- axes ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,13 @@ def connect(mesh: Mesh) -> dict[str, Axis]:
     return axes
 
 
+def everyone() -> Axis:
+    """All ranks, as one axis."""
+    me = here()
+    ranks = tuple(range(me.size))
+    return Axis("all", ranks, me.rank, _transport("all", ranks))
+
+
 def _transport(axis: str, ranks: tuple[int, ...]) -> Transport:
     me = here()
     if len(ranks) == 1:
@@ -292,7 +300,7 @@ def bounds(size: int, parts: int) -> list[int]:
     return [size * i // parts for i in range(parts + 1)]
 
 
-# -- collectives --------------------------------------------------------------------------------------------------
+# -- collectives ---------------------------------------------------------------------------------------------
 
 
 def identity(x: Tensor, axis: Axis) -> Tensor:
@@ -357,7 +365,7 @@ def _exchange(x: Tensor, axis: Axis, dim: int, op: str) -> list[Tensor]:
 
 
 def broadcast(x: Tensor, axis: Axis, root: int = 0) -> Tensor:
-    """The x of index `root`, on every rank. All give an x of its shape and dtype. A tree: no rank sends over log2(n)."""
+    """The x of index `root`, on every rank; all give one of its shape and dtype. A tree of log2(n) rounds."""
     return axis.transport.broadcast(x.clone(memory_format=torch.contiguous_format), root).wait()
 
 
@@ -381,7 +389,7 @@ def recv(like: Tensor, axis: Axis, source: int, tag: int = 0) -> Tensor:
     return irecv(like, axis, source, tag).wait()
 
 
-# -- the same, differentiable: each is the adjoint of another -----------------------------------------------------
+# -- the same, differentiable: each is the adjoint of another ------------------------------------------------
 
 
 class _Collective(torch.autograd.Function):

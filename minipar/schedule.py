@@ -18,7 +18,7 @@ class Op(StrEnum):
 
     F = "F"  # forward
     B = "B"  # whole backward: I and W in one
-    I = "I"  # backward, gradient of the input only # noqa: E741
+    I = "I"  # backward, gradient of the input only
     W = "W"  # backward, gradient of the weights only
     LOAD = "load"  # the first stage's input ...
     RECV_ACTIVATION = "recv x"  # ... stands where the others receive
@@ -154,4 +154,4 @@ def _communicate(program: Program, last: int, ahead: int) -> Program:
                 after[i].append(action._replace(op=Op.SEND_GRADIENT))
         if final.get(action.stage) == i:
             before[i].append(action._replace(op=Op.REDUCE))
-    return list(chain(*(b + [a] + c for b, a, c in zip(before, program, after, strict=True))))
+    return list(chain(*([*b, a, *c] for b, a, c in zip(before, program, after, strict=True))))

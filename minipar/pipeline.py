@@ -1,0 +1,339 @@
+"""Pipeline parallelism: a stage is a slice of a model's blocks, an executor runs its rank's list of actions.
+
+The model keeps its own forward, and every stage is given the batch, so that masks and positions come out right on
+each. Blocks of other stages are skipped; the received state is put in front of the first local block; the forward is
+left behind the last one.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .collectives import Axis, Pending, bounds, broadcast, irecv, isend
+from .schedule import Action, Op, Program
+
+Batch = Tensor | dict[str, Tensor]
+
+# -- cutting a model -----------------------------------------------------------------------------------------
+
+
+class Leave(Exception):
+    """Carries the state behind the last block of a stage."""
+
+
+@dataclass
+class Window:
+    """Which blocks run now: those at [first, end). `state`, where there is one, goes into the first of them."""
+
+    first: int = 0
+    end: int = 0
+    state: Any = None
+
+
+class Skip(nn.Module):
+    """Stands where a block of another rank stood."""
+
+    def forward(self, state: Any, *context: Any, **more: Any) -> Any:
+        return state
+
+
+class Stages:
+    """The stages of a model cut into `count` that this rank holds.
+
+    The blocks are cut evenly; what is registered before them goes with the first, what comes behind with the last.
+    The module that is given is changed: what lives on other ranks gives up its memory.
+
+    homes: parameter -> the stages that use it, two if it is tied and its names lie apart.
+    """
+
+    def __init__(self, model: nn.Module, count: int, mine: set[int]):
+        name, blocks = find_blocks(model)
+        if len(blocks) < count:
+            raise ValueError(
+                f"pp={count} stages need {count} blocks or more, but {name} has {len(blocks)}: use pp <= {len(blocks)}"
+            )
+        self.model, self.window, self.cuts = model, Window(), bounds(len(blocks), count)
+        home = self._home_of_names(f"{name}.")
+        self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
+        for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+            self.homes[parameter].add(home[parameter_name])
+        for layer_name, layer in model.named_modules():
+            if isinstance(layer, nn.Embedding) and home[f"{layer_name}.weight"] not in mine:
+                _look_up_nothing(layer)
+        for parameter, stages in self.homes.items():
+            if not stages & mine:
+                _give_up(parameter)
+        for place in range(len(blocks)):
+            if self._stage_of_block(place) not in mine:
+                blocks[place] = Skip()
+            _ask_window(blocks[place], place, self.window)
+
+    def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
+        """Run one stage: the state that leaves it, or, from the last one, what the model returns."""
+        self.window.first, self.window.end, self.window.state = self.cuts[stage], self.cuts[stage + 1], state
+        try:
+            return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+        except Leave as way_out:
+            return way_out.args[0]
+        finally:
+            self.window.state = None
+
+    def _stage_of_block(self, place: int) -> int:
+        return next(stage for stage, end in enumerate(self.cuts[1:]) if place < end)
+
+    def _home_of_names(self, blocks: str) -> dict[str, int]:
+        """Parameter name -> stage, in the order of registration."""
+        home, stage = {}, 0
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            if name.startswith(blocks):
+                stage = self._stage_of_block(int(name.removeprefix(blocks).split(".")[0]))
+            home[name] = stage  # what comes behind the last block stays with it
+        return home
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's list of blocks, and its name: the one ModuleList that is not inside of another."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            found[name] = module
+    if len(found) != 1:
+        what = f"{len(found)}: {', '.join(found)}" if found else "none"
+        raise ValueError(
+            f"a pipeline needs a model with one list of blocks (nn.ModuleList); {type(model).__name__} has {what}"
+        )
+    return found.popitem()
+
+
+def _ask_window(block: nn.Module, place: int, window: Window) -> None:
+    """Let a block's forward ask whether it is its turn."""
+    inner = block.forward
+
+    def forward(state: Any, *context: Any, **more: Any) -> Any:
+        if place == window.end:
+            raise Leave(state)
+        if not window.first <= place < window.end:
+            return state
+        if place == window.first and window.state is not None:
+            state = window.state
+        return inner(state, *context, **more)
+
+    block.forward = forward
+
+
+def _give_up(parameter: nn.Parameter) -> None:
+    """Free a parameter that lives elsewhere. Its shape stays; a use by mistake shows at once, as NaN."""
+    parameter.requires_grad_(False)
+    parameter.data = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device).expand(
+        parameter.shape
+    )
+
+
+def _look_up_nothing(embedding: nn.Embedding) -> None:
+    """In front of a later stage's blocks, the embedding's result is never used: do not compute it."""
+    embedding.forward = lambda ids: embedding.weight.new_zeros(()).expand(*ids.shape, embedding.embedding_dim)
+
+
+# -- running a program ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shapes and structure of what crosses a boundary: a tensor, or tuples, lists and dicts of them."""
+
+    structure: pytree.TreeSpec
+    leaves: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    @staticmethod
+    def of(state: Any) -> "Spec":
+        leaves, structure = pytree.tree_flatten(state)
+        if strange := [leaf for leaf in leaves if not isinstance(leaf, Tensor)]:
+            raise TypeError(f"a boundary between stages is crossed by tensors only, not by {strange[0]!r}")
+        return Spec(structure, tuple((tuple(x.shape), x.dtype) for x in leaves))
+
+    def to_bytes(self) -> bytes:
+        leaves = [[shape, str(dtype).removeprefix("torch.")] for shape, dtype in self.leaves]
+        return json.dumps([pytree.treespec_dumps(self.structure), leaves]).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Spec":
+        structure, leaves = json.loads(data)
+        leaves = tuple((tuple(shape), getattr(torch, dtype)) for shape, dtype in leaves)
+        return Spec(pytree.treespec_loads(structure), leaves)
+
+    def empty(self, device: torch.device) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.leaves]
+
+
+Place = tuple[int, int]  # (stage, microbatch)
+
+
+class Executor:
+    """Carries out one rank's program. It has no opinion on the order.
+
+    Sends never block. Receives are posted where the program says, and waited for where their data is needed. The
+    first time that a stage sees inputs of some shape, the shape of what it sends travels ahead.
+
+    owner: stage -> index on the axis. before(action) is called before each forward, reduce(stage) at REDUCE.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        axis: Axis,
+        owner: dict[int, int],
+        device: torch.device,
+        before: Callable[[Action], None],
+        reduce: Callable[[int], None],
+    ):
+        self.stages, self.axis, self.owner, self.device = stages, axis, owner, device
+        self.before, self.reduce_stage = before, reduce
+        self.specs: dict[tuple[int, Any], Spec] = {}  # (stage, shapes of its inputs) -> what it gives
+        self.spans: list[tuple[Action, float, float]] = []
+
+    def run(self, program: Program, inputs: list[Batch], conclude: Callable[[Any, int], Tensor | None]) -> None:
+        """Run a whole step. inputs: one batch a microbatch, on every rank. conclude(output, microbatch) of the last
+        stage gives the scalar that backward starts from."""
+        self.inputs, self.conclude = inputs, conclude
+        self.shapes = [_shapes(batch) for batch in inputs]
+        self.states: dict[Place, Any] = {}  # what went into a stage
+        self.outputs: dict[Place, list[Tensor]] = {}  # what came out of it
+        self.gradients: dict[Place, list[Tensor]] = {}  # of what came out
+        self.posted: dict[Action, list[Pending]] = {}
+        self.sent: list[Pending] = []
+        self.spans = []
+        for action in program:
+            self.DO[action.op](self, action)
+        for pending in self.sent:
+            pending.wait()
+
+    # What the first and the last stage do in place of receiving.
+
+    def load(self, action: Action) -> None:
+        self.states[action.stage, action.microbatch] = None
+
+    def loss(self, action: Action) -> None:
+        place = (action.stage, action.microbatch)
+        root = self.conclude(self.outputs.pop(place), action.microbatch)
+        if root is not None:
+            self.outputs[place], self.gradients[place] = [root], [torch.ones_like(root)]
+
+    # Computation. The time of a span begins when everything that the action needs is there.
+
+    def forward(self, action: Action) -> None:
+        place = (action.stage, action.microbatch)
+        if place not in self.states:
+            self.states[place] = self._arrived_state(action)
+        start = time.perf_counter()
+        self.before(action)
+        output = self.stages(action.stage, self.states[place], self.inputs[action.microbatch])
+        self.outputs[place] = output
+        self.spans.append((action, start, time.perf_counter()))
+
+    def backward(self, action: Action) -> None:
+        place = (action.stage, action.microbatch)
+        if place not in self.gradients:
+            self.gradients[place] = self._arrived_gradients(action)
+        start = time.perf_counter()
+        outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
+        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        self.spans.append((action, start, time.perf_counter()))
+
+    def reduce(self, action: Action) -> None:
+        self.reduce_stage(action.stage)
+
+    # Communication. Activations go down from stage to stage + 1, gradients of their floats come back up.
+
+    def send_activation(self, action: Action) -> None:
+        place, peer = (action.stage, action.microbatch), self.owner[action.stage + 1]
+        spec, key = Spec.of(self.outputs[place]), (action.stage, self.shapes[action.microbatch])
+        leaves = pytree.tree_leaves(self.outputs[place])
+        if self.specs.setdefault(key, spec) is spec:
+            note = torch.frombuffer(bytearray(spec.to_bytes()), dtype=torch.uint8).to(self.device)
+            leaves = [torch.tensor([note.numel()], device=self.device), note, *leaves]
+        self.sent += [isend(x, self.axis, peer, self._tag(action)) for x in leaves]
+        self.outputs[place] = _floats(self.outputs[place])
+
+    def recv_activation(self, action: Action) -> None:
+        if spec := self.specs.get((action.stage - 1, self.shapes[action.microbatch])):
+            self._post(action, spec.empty(self.device), self.owner[action.stage - 1])
+
+    def _arrived_state(self, action: Action) -> Any:
+        action = action._replace(op=Op.RECV_ACTIVATION)
+        peer, key = self.owner[action.stage - 1], (action.stage - 1, self.shapes[action.microbatch])
+        if key not in self.specs:  # the first of its shape: a note comes ahead
+            length = irecv(
+                torch.empty(1, dtype=torch.long, device=self.device), self.axis, peer, self._tag(action)
+            ).wait()
+            note = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+            note = irecv(note, self.axis, peer, self._tag(action)).wait()
+            self.specs[key] = Spec.from_bytes(bytes(note.tolist()))
+        if action not in self.posted:
+            self.recv_activation(action)
+        leaves = [pending.wait() for pending in self.posted.pop(action)]
+        for x in leaves:
+            x.requires_grad_(x.is_floating_point() and torch.is_grad_enabled())
+        return pytree.tree_unflatten(leaves, self.specs[key].structure)
+
+    def send_gradient(self, action: Action) -> None:
+        state, peer = self.states.pop((action.stage, action.microbatch)), self.owner[action.stage - 1]
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in _floats(state)]
+        self.sent += [isend(g, self.axis, peer, self._tag(action)) for g in gradients]
+
+    def recv_gradient(self, action: Action) -> None:
+        if outputs := self.outputs.get((action.stage, action.microbatch)):
+            self._post(action, [torch.empty_like(y) for y in outputs], self.owner[action.stage + 1])
+
+    def _arrived_gradients(self, action: Action) -> list[Tensor]:
+        action = action._replace(op=Op.RECV_GRADIENT)
+        if action not in self.posted:  # posted before its forward had shown the shape
+            self.recv_gradient(action)
+        return [pending.wait() for pending in self.posted.pop(action)]
+
+    def _post(self, action: Action, like: list[Tensor], peer: int) -> None:
+        self.posted[action] = [irecv(x, self.axis, peer, self._tag(action)) for x in like]
+
+    def _tag(self, action: Action) -> int:
+        """One for each boundary, direction and microbatch, so that the order of messages does not matter."""
+        down = action.op in (Op.SEND_ACTIVATION, Op.RECV_ACTIVATION)
+        boundary = action.stage + (action.op in (Op.SEND_ACTIVATION, Op.RECV_GRADIENT))
+        return 2 * (boundary * len(self.inputs) + action.microbatch) + down
+
+    DO: dict[Op, Callable[["Executor", Action], None]] = {
+        Op.LOAD: load,
+        Op.LOSS: loss,
+        Op.F: forward,
+        Op.B: backward,
+        Op.REDUCE: reduce,
+        Op.SEND_ACTIVATION: send_activation,
+        Op.RECV_ACTIVATION: recv_activation,
+        Op.SEND_GRADIENT: send_gradient,
+        Op.RECV_GRADIENT: recv_gradient,
+    }
+
+
+def _floats(state: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(state) if x.is_floating_point()]
+
+
+def _shapes(batch: Batch) -> Any:
+    return tuple((name, tuple(x.shape)) for name, x in batch.items()) if isinstance(batch, dict) else tuple(batch.shape)
+
+
+def spread(outputs: list[Any], axis: Axis, root: int, device: torch.device) -> list[Any]:
+    """What index `root` has (tensors, or tuples, lists and dicts of them), on every rank of the axis."""
+    note = torch.frombuffer(bytearray(Spec.of(outputs).to_bytes()), dtype=torch.uint8).to(device)
+    length = broadcast(torch.tensor([note.numel()], device=device), axis, root)
+    note = broadcast(note if axis.index == root else note.new_empty(int(length)), axis, root)
+    spec = Spec.from_bytes(bytes(note.tolist()))
+    leaves = pytree.tree_leaves(outputs) if axis.index == root else spec.empty(device)
+    return pytree.tree_unflatten([broadcast(x, axis, root) for x in leaves], spec.structure)

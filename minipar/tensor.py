@@ -1,0 +1,309 @@
+"""Tensor parallelism: weights are cut along one axis, the model stays as it was.
+
+A plan is a dict from layer name to style, with the style names that transformers publishes. Modules keep their place
+and their name; only the forward of a layer that is cut changes. `Cut`, kept on a parameter, remembers its share.
+"""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .collectives import Axis, all_reduce, bounds, enter, enter_sequence, gather, leave, leave_sequence, split
+
+# -- cutting a parameter -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter of `size` along `dim` was shared: shares[i] are the places that index i keeps."""
+
+    dim: int
+    size: int
+    shares: tuple[Tensor, ...]
+
+    def take(self, whole: Tensor, axis: Axis) -> Tensor:
+        """This rank's share of a whole tensor."""
+        return whole.index_select(self.dim, self.shares[axis.index].to(whole.device))
+
+    def put_together(self, share: Tensor, axis: Axis) -> Tensor:
+        """The whole tensor, on every rank of the axis. A collective."""
+        share = share.movedim(self.dim, 0)
+        widest = max(map(len, self.shares))
+        padded = torch.cat([share, share.new_zeros((widest - len(share), *share.shape[1:]))])
+        parts = axis.transport.all_gather(padded).wait()
+        whole = share.new_empty((self.size, *share.shape[1:]))
+        for part, places in zip(parts, self.shares, strict=True):
+            whole[places.to(whole.device)] = part[: len(places)]
+        return whole.movedim(0, self.dim)
+
+
+def cut(module: nn.Module, name: str, dim: int, axis: Axis) -> None:
+    """Keep this rank's share of a parameter along `dim`, in place, so that ties survive."""
+    parameter = getattr(module, name, None)
+    if parameter is None or hasattr(parameter, "cut"):  # no bias; or tied, and cut already
+        return
+    size = parameter.size(dim)
+    places = torch.arange(size).tensor_split(bounds(size, axis.size)[1:-1])
+    parameter.cut = Cut(dim, size, places)
+    parameter.data = parameter.cut.take(parameter.data, axis)
+
+
+def whole(parameter: Tensor, tensor: Tensor, axis: Axis) -> Tensor:
+    """The whole of `tensor`, which is the parameter's own data or its gradient."""
+    return parameter.cut.put_together(tensor, axis) if hasattr(parameter, "cut") else tensor
+
+
+# -- styles --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entrance:
+    """Layers that read the same tensor (q, k and v) enter together: their gradients add before they travel, once."""
+
+    enter: Callable[[Tensor], Tensor]
+    seen: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.seen is None or self.seen[0] is not x:
+            self.seen = x, self.enter(x)
+        return self.seen[1]
+
+    def forget(self, *_: object) -> None:
+        self.seen = None
+
+
+@dataclass
+class Streams:
+    """Random numbers: every tensor rank draws the same outside the cut region, and its own inside of it."""
+
+    generator: torch.Generator
+    inside: bool = False
+    other: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def begin(self, outside_seed: int, inside_seed: int) -> None:
+        self.other = self.generator.manual_seed(inside_seed).get_state()
+        self.generator.manual_seed(outside_seed)
+        self.inside = False
+
+    def go(self, inside: bool) -> None:
+        """Switch to one of the two streams; does nothing where it flows already."""
+        if inside != self.inside and self.other.numel():
+            now = self.generator.get_state()
+            self.generator.set_state(self.other)
+            self.other = now
+            self.inside = inside
+
+
+@dataclass
+class Region:
+    """What the styles of one model share: the axis, how activations enter and leave a cut layer, random streams."""
+
+    axis: Axis
+    sequence: bool
+    streams: Streams
+    heads: list["Head"] = field(default_factory=list)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return enter_sequence(x, self.axis) if self.sequence else enter(x, self.axis)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return leave_sequence(x, self.axis) if self.sequence else leave(x, self.axis)
+
+
+def colwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
+    """Cut the outputs: (..., in) -> (..., out/tp)."""
+    cut(layer, "weight", 0, region.axis)
+    cut(layer, "bias", 0, region.axis)
+
+    def forward(x: Tensor) -> Tensor:
+        y = F.linear(entrance(x), layer.weight, layer.bias)
+        region.streams.go(inside=True)
+        return y
+
+    layer.forward = forward
+
+
+@dataclass
+class Head:
+    """A cut layer that gives the model's output: whole, or left as shares of the vocabulary for the loss."""
+
+    vocabulary: int
+    gathers: bool = True
+
+
+def colwise_gather_output(layer: nn.Linear, region: Region, entrance: Entrance) -> Head:
+    """Cut the outputs, then put them together: (..., in) -> (..., out)."""
+    head = Head(layer.out_features)
+    cut(layer, "weight", 0, region.axis)
+    cut(layer, "bias", 0, region.axis)
+
+    def forward(x: Tensor) -> Tensor:
+        y = F.linear(entrance(x), layer.weight, layer.bias)
+        return gather(y, region.axis, size=head.vocabulary) if head.gathers else y
+
+    layer.forward = forward
+    return head
+
+
+def rowwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
+    """Cut the inputs: (..., in/tp) -> (..., out). Each rank has a partial sum; the bias is added once, after it."""
+    cut(layer, "weight", 1, region.axis)
+
+    def forward(x: Tensor) -> Tensor:
+        region.streams.go(inside=False)
+        y = region.leave(F.linear(x, layer.weight))
+        return y if layer.bias is None else y + layer.bias
+
+    layer.forward = forward
+    if region.sequence and layer.bias is not None:
+        layer.bias.partial = True  # added to this rank's part of the sequence only
+
+
+def rowwise_split_input(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
+    """The same for an input that is whole: each rank takes its share of it first."""
+    rowwise(layer, region, entrance)
+    inner = layer.forward
+    layer.forward = lambda x: inner(split(x, region.axis))
+
+
+def embedding_rowwise(layer: nn.Embedding, region: Region, entrance: Entrance) -> None:
+    """Cut the vocabulary: each rank looks up the ids it has, the others give zeros, and the parts are summed."""
+    edges = bounds(layer.num_embeddings, region.axis.size)
+    first, end = edges[region.axis.index], edges[region.axis.index + 1]
+    cut(layer, "weight", 0, region.axis)
+
+    def forward(ids: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+        here = (ids >= first) & (ids < end)
+        rows = F.embedding((ids - first).where(here, 0), layer.weight)
+        return leave(rows * here.unsqueeze(-1), region.axis)
+
+    layer.forward = forward
+
+
+def replicated_with_grad_allreduce(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """A whole layer inside a cut region: its gradients are partial sums."""
+    for parameter in layer.parameters():
+        parameter.partial = True
+
+
+def sequence_parallel(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """A whole layer that sees only this rank's part of the sequence, so its gradients are partial sums."""
+    if region.sequence:
+        replicated_with_grad_allreduce(layer, region, entrance)
+
+
+def sequence_split(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """From behind this layer on, each rank has its part of the sequence: (B, T, C) -> (B, T/tp, C)."""
+    inner = layer.forward
+
+    def forward(*args: Tensor) -> Tensor:
+        y = inner(*args)
+        if y.size(1) % region.axis.size:
+            raise ValueError(f"sequence length {y.size(1)} is not divisible by tp={region.axis.size}: pad the sequence")
+        return split(y, region.axis, dim=1)
+
+    if region.sequence:
+        layer.forward = forward
+
+
+STYLES: dict[str, Callable[..., Head | None]] = {
+    style.__name__: style
+    for style in (
+        colwise,
+        colwise_gather_output,
+        rowwise,
+        rowwise_split_input,
+        embedding_rowwise,
+        replicated_with_grad_allreduce,
+        sequence_parallel,
+        sequence_split,
+    )
+}
+
+
+def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
+    """Cut, in place, every layer that the plan names; `*` in a name stands for a number.
+
+    ValueError: a style that is not known, an entry that matches no layer, heads that the axis does not divide.
+    """
+    layers = {name: re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()}
+    for entry, style in plan.items():
+        if style not in STYLES:
+            raise ValueError(f"plan: style {style!r} of {entry!r} is not known; known are {', '.join(STYLES)}")
+        if entry not in layers.values():
+            near = difflib.get_close_matches(entry, set(layers.values()), 3, 0.4) or sorted(set(layers.values()))[1:6]
+            raise ValueError(f"plan: {entry!r} matches no layer; there are {', '.join(near)}")
+    if region.sequence and "sequence_split" not in plan.values():
+        raise ValueError(
+            "sequence_parallel=True needs a plan that says where the sequence is cut: a layer with the "
+            "style sequence_split, and sequence_parallel for the norms between"
+        )
+    entrances: dict[str, Entrance] = {}
+    for name, pattern in layers.items():
+        if pattern in plan:
+            parent, layer = name.rpartition(".")[0], model.get_submodule(name)
+            if parent not in entrances:
+                entrances[parent] = Entrance(region.enter)
+                model.get_submodule(parent).register_forward_hook(entrances[parent].forget, always_call=True)
+            _check_heads(parent, model.get_submodule(parent), layer, plan[pattern], region.axis)
+            head = STYLES[plan[pattern]](layer, region, entrances[parent])
+            if head and "*" not in pattern:
+                region.heads.append(head)
+
+
+def _check_heads(name: str, attention: nn.Module, layer: nn.Module, style: str, axis: Axis) -> None:
+    """A column cut of an attention must fall between heads."""
+    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    if head_dim and style == "colwise" and isinstance(layer, nn.Linear):
+        heads = layer.out_features // head_dim
+        if heads % axis.size:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(f"tp={axis.size} does not divide the {heads} heads of {name}; tp can be one of {fits}")
+
+
+# -- the loss over a cut vocabulary --------------------------------------------------------------------------
+
+IGNORED = -100  # the label that counts for nothing, as in torch
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over all tokens but those labeled -100, and their number. logits (..., vocab), targets (...)."""
+    total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    return total, (targets != IGNORED).sum()
+
+
+def vocabulary_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """The same where every rank holds only its share of the logits, (..., vocab/tp). No rank ever holds them all.
+
+    Three numbers a token travel: the largest logit, then the sum of exponentials and the target's logit.
+    """
+    edges = bounds(vocabulary, axis.size)
+    total = _VocabularyParallel.apply(logits.flatten(0, -2), targets.flatten(), axis, edges[axis.index])
+    return total, (targets != IGNORED).sum()
+
+
+class _VocabularyParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, axis, first):
+        top = all_reduce(logits.amax(-1), axis, "max")  # (N,)
+        shares = (logits - top[:, None]).exp_()
+        here = (targets >= first) & (targets < first + logits.size(-1))
+        place = (targets - first).where(here, 0)[:, None]
+        target_logit = (logits.gather(-1, place).squeeze(-1) - top) * here
+        total, target_logit = all_reduce(torch.stack([shares.sum(-1), target_logit]), axis)
+        counts = targets != IGNORED
+        ctx.save_for_backward(shares.div_(total[:, None]), place, here, counts)
+        return ((total.log() - target_logit) * counts).sum()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        probabilities, place, here, counts = ctx.saved_tensors
+        gradient = probabilities.scatter_add(-1, place, -here[:, None].to(probabilities.dtype))
+        return gradient.mul_((gradients[0] * counts)[:, None]), None, None, None

@@ -1,0 +1,398 @@
+"""parallelize: a model on a mesh. The only file that knows every strategy."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import data, tensor
+from .collectives import Axis, all_gather, all_reduce, broadcast, connect, irecv, isend
+from .device import default_generator
+from .mesh import Mesh
+from .pipeline import Batch, Executor, Stages, spread
+from .recording import collect
+from .schedule import Action, Scheduler, check, communicate, forward_only, one_f_one_b, owners
+from .timeline import Span, Timeline, simulate
+from .world import here
+
+Loss = Callable[[Any, Any], tuple[Tensor, Tensor | int]]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    schedule: Scheduler = one_f_one_b,
+    microbatches: int = 1,
+    loss: Loss = tensor.cross_entropy,
+    sequence_parallel: bool = False,
+    plan: dict[str, str] | None = None,
+    **unknown: Any,
+) -> "Parallel":
+    """Lay a model out on a mesh. Every rank of the mesh calls it, with the same model and weights.
+
+    model: `minipar.gpt(...)`, or any module with one list of blocks. Its weights are the initial ones; the module
+        itself is left alone.
+    schedule: order of the pipeline's work, `gpipe`, `one_f_one_b` or your own function of (stages, microbatches).
+    microbatches: parts into which a step cuts each data rank's rows; their gradients add up.
+    loss: (outputs, targets) -> (sum, count). The step divides by the global count, so padding, ignored labels and
+        unequal rows come out right. By default the cross-entropy over all tokens that are not labeled -100.
+    sequence_parallel: between cut layers, tensor ranks hold parts of the sequence in place of copies.
+    plan: layer name -> style, see `minipar.tensor`; by default the model's own `tp_plan`.
+
+    Raises ValueError, with what would fit, if the mesh is not the number of ranks, tp does not divide the heads, there
+    are fewer blocks than stages, the plan does not match the model, or the schedule is not complete.
+    """
+    if unknown:
+        options = "schedule, microbatches, loss, sequence_parallel, plan"
+        raise TypeError(f"parallelize has no option {', '.join(unknown)}; its options are {options}")
+    return Parallel(model, mesh, schedule, microbatches, loss, sequence_parallel, plan)
+
+
+class Parallel:
+    """A model on a mesh, as one of its ranks has it. Made by `parallelize`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        schedule: Scheduler,
+        microbatches: int,
+        loss: Loss,
+        sequence_parallel: bool,
+        plan: dict[str, str] | None,
+    ):
+        if not isinstance(microbatches, int) or microbatches < 1:
+            raise ValueError(f"microbatches={microbatches!r}: a whole number, at least 1")
+        if later := [f"{axis}={mesh.shape[axis]}" for axis in ("ep", "cp") if mesh.shape[axis] > 1]:
+            raise ValueError(f"{', '.join(later)}: this model can use the axes dp, pp and tp")
+        self.mesh, axes, me = mesh, connect(mesh), here()
+        self.dp, self.pp, self.tp, self.device = axes["dp"], axes["pp"], axes["tp"], me.device
+
+        order = schedule(self.pp.size, microbatches)
+        check(order, microbatches)
+        simulate(order)  # raises Deadlock before a rank can hang
+        self.microbatches, self.owner = microbatches, owners(order)
+        self.training_program = communicate(order)[self.pp.index]
+        self.inference_program = communicate(forward_only(self.pp.size, 1))[self.pp.index]
+
+        self.module = _twin(model).to(self.device)
+        self.state_names = {key: _first_name(self.module, key) for key in self.module.state_dict()}
+        self.everything = dict(self.module.named_parameters())  # of all stages: name -> parameter
+        self.shapes = {name: p.shape for name, p in self.everything.items()}
+        self.streams = tensor.Streams(default_generator(self.device))
+        self.region = tensor.Region(self.tp, sequence_parallel, self.streams)
+        tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
+        self.trained = {name for name, p in self.everything.items() if p.requires_grad}
+        mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
+        self.stages = Stages(self.module, len(self.owner), mine)
+        self.homes = {name: self.stages.homes[p] for name, p in self.everything.items()}
+        self.here = {name: p for name, p in self.everything.items() if self.homes[name] & mine}
+        _own_memory(self.here.values(), model)
+
+        self.loss = self._loss(loss)
+        self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
+        self.executor = Executor(self.stages, self.pp, self.owner, self.device, self._seed, self._reduce)
+        self.seed, self.steps = torch.initial_seed(), 0
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def step(self, inputs: Batch, targets: Any = None, *, local: bool = False) -> Tensor:
+        """Forward and backward over the whole mesh. Sets the gradients (does not add to them).
+
+        inputs: what the model's forward takes, a tensor or a dict of tensors, rows first. The global batch, the same
+            on every rank; with `local` this data rank's own rows, which may be of another number than its peers'.
+        targets: what the loss takes, rows first; by default `inputs["labels"]`.
+        Returns the global loss, detached, 0-d, the same on every rank.
+        Raises ValueError for fewer rows than data ranks x microbatches, or if no label counts.
+        """
+        inputs, targets = self._with_targets(inputs, targets)
+        inputs, targets = _to(inputs, self.device), _to(targets, self.device)
+        # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
+        guess = 1 if local else next(iter(_tensors(targets))).numel()
+        inputs, targets = self._microbatches(inputs, local), self._microbatches(targets, local)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, count
+
+        def conclude(output: Any, microbatch: int) -> Tensor:
+            loss, count = self.loss(getattr(output, "logits", output), targets[microbatch])
+            total.add_(torch.stack([loss.detach().double(), torch.as_tensor(count, device=self.device).double()]))
+            return loss / guess
+
+        for some in self._all_gradients():
+            some.attach()
+        self._gather_heads(self.loss is self.given_loss)
+        with self._own_randomness():
+            self.executor.run(self.training_program, inputs, conclude)
+        for some in self._all_gradients():
+            some.finish()
+        loss, count = all_reduce(all_reduce(total, self.pp), self.dp)
+        if count == 0:
+            raise ValueError("no label counts: the loss gave a count of 0 for the whole batch")
+        if count != guess:
+            for some in self._all_gradients():
+                some.flat.mul_(guess / count.item())
+        self._sum_partial()
+        self._sum_tied()
+        self.steps += 1
+        return (loss / count).to(next(iter(self.everything.values())).dtype)
+
+    def _with_targets(self, inputs: Batch, targets: Any) -> tuple[Batch, Any]:
+        if targets is None and isinstance(inputs, dict) and "labels" in inputs:
+            targets = inputs["labels"]
+            inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        if targets is None:
+            raise ValueError('step needs targets, or inputs with "labels"')
+        return inputs, targets
+
+    def _microbatches(self, batch: Any, local: bool) -> list:
+        """This data rank's rows, cut into microbatches."""
+        sizes = {len(x) for x in _tensors(batch)}
+        if len(sizes) > 1:
+            raise ValueError(f"the tensors of a batch have {sorted(sizes)} rows: they must have the same number")
+        parts = self.microbatches * (1 if local else self.dp.size)
+        if (size := sizes.pop()) < parts:
+            what = (
+                f"{self.microbatches} microbatches"
+                if local
+                else f"dp={self.dp.size} x {self.microbatches} microbatches"
+            )
+            raise ValueError(f"{size} rows are too few for {what}: give at least {parts} rows, or fewer microbatches")
+        mine = batch if local else data.rows(batch, self.dp.size)[self.dp.index]
+        return data.rows(mine, self.microbatches)
+
+    def _all_gradients(self) -> Iterator[data.Gradients]:
+        for some in self.gradients.values():
+            yield from some
+
+    def _gradients(self, stage: int) -> list[data.Gradients]:
+        """A flat buffer for each dtype of a stage's parameters; a parameter of two stages here is in the first's."""
+        kinds: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.here.items():
+            local = [s for s in self.homes[name] if self.owner[s] == self.pp.index]
+            if name in self.trained and min(local) == stage:
+                kinds[parameter.dtype].append(parameter)
+        return [data.Gradients(some, self.dp) for some in kinds.values()]
+
+    def _reduce(self, stage: int) -> None:
+        for some in self.gradients[stage]:
+            some.arm()
+
+    def _sum_partial(self) -> None:
+        """Whole parameters that saw only a part (of the sequence, of the heads): sum over the tensor ranks."""
+        partial = [p.grad for p in self.here.values() if hasattr(p, "partial") and p.grad is not None]
+        for some in _by_dtype(partial).values():
+            flat = all_reduce(torch.cat([g.flatten() for g in some]), self.tp)
+            for gradient, total in zip(some, flat.split([g.numel() for g in some]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+    def _sum_tied(self) -> None:
+        """A parameter of two stages on two ranks: both get the sum, so that both stay equal."""
+        for name, parameter in self.here.items():
+            for other in sorted({self.owner[s] for s in self.homes[name]} - {self.pp.index}):
+                if name in self.trained and parameter.grad is not None:
+                    sending = isend(parameter.grad, self.pp, other)
+                    arrived = irecv(parameter.grad, self.pp, other).wait()
+                    sending.wait()
+                    parameter.grad += arrived
+
+    # -- randomness -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Dropout draws from streams of its own; the caller's random numbers go on as if nothing had been drawn."""
+        state = self.streams.generator.get_state()
+        try:
+            yield
+        finally:
+            self.streams.generator.set_state(state)
+
+    def _seed(self, action: Action) -> None:
+        """Before a forward: random streams that depend on what is computed, not on the order of the schedule."""
+        place = (self.seed, self.steps, self.dp.index, action.stage, action.microbatch)
+        own = self.tp.index + 1
+        outside = -own if self.region.sequence else 0  # parts of a sequence differ, copies of it agree
+        self.streams.begin(hash((*place, outside)) % 2**63, hash((*place, own)) % 2**63)
+
+    # -- inference ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, inputs: Batch) -> Any:
+        """The model's output (its logits, where it has such), whole, on every rank. inputs: the same on every rank.
+
+        Data ranks share the rows where there are enough of them.
+        """
+        inputs = _to(inputs, self.device)
+        size = len(next(iter(_tensors(inputs))))
+        shared = size >= self.dp.size
+        mine = data.rows(inputs, self.dp.size)[self.dp.index] if shared else inputs
+        outputs = []
+        self._gather_heads(True)
+        with self._own_randomness():
+            self.executor.run(self.inference_program, [mine], lambda output, _: outputs.append(output))
+        last = self.owner[max(self.owner)]
+        output = spread([getattr(y, "logits", y) for y in outputs], self.pp, last, self.device)[0]
+        return all_gather(output, self.dp, size=size) if shared else output
+
+    __call__ = forward
+
+    def generate(self, tokens: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Go on writing: (rows, length) token ids -> (rows, length + new), the same on every rank.
+
+        temperature 0 takes the likeliest token, above 0 draws. Each token costs a forward over the whole context.
+        """
+        generator, was_training = torch.Generator().manual_seed(seed), self.module.training
+        config, tokens = self.module.config, tokens.to(self.device)
+        context = getattr(config, "context", None) or config.max_position_embeddings
+        context -= context % self.tp.size  # sequence parallelism cuts the sequence evenly
+        self.eval()
+        for _ in range(new):
+            seen = tokens[:, -context:]
+            padded = nn.functional.pad(seen, (0, -seen.size(1) % self.tp.size))  # behind: causal attention ignores it
+            logits = self.forward(padded)[:, seen.size(1) - 1].float().cpu()
+            if temperature > 0:
+                drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                drawn = logits.argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, drawn.to(tokens)], 1)
+        self.train(was_training)
+        return tokens
+
+    def train(self, mode: bool = True) -> "Parallel":
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> "Parallel":
+        return self.train(False)
+
+    def _loss(self, given: Loss) -> Loss:
+        """The default loss works on shares of the vocabulary where the model's head is cut."""
+        self.given_loss = given
+        if given is tensor.cross_entropy and self.region.heads:
+            return partial(
+                tensor.vocabulary_parallel_cross_entropy,
+                axis=self.tp,
+                vocabulary=self.region.heads[-1].vocabulary,
+            )
+        return given
+
+    def _gather_heads(self, gathers: bool) -> None:
+        for head in self.region.heads:
+            head.gathers = gathers
+
+    # -- parameters -----------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this rank updates (its stages, its shares) under the names of the unsharded model."""
+        yield from self.here.items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.here.values()
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm over the whole mesh is at most max_norm. Returns the norm before.
+
+        Replicated and tied parameters count once. The factor is torch's: max_norm / (norm + 1e-6), at most 1.
+        """
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for name, parameter in self.here.items():
+            counted = self.owner[min(self.homes[name])] == self.pp.index
+            counted &= hasattr(parameter, "cut") or self.tp.index == 0
+            if counted and parameter.grad is not None:
+                squares += parameter.grad.double().square().sum()
+        norm = all_reduce(all_reduce(squares, self.tp), self.pp).sqrt()
+        factor = max_norm / (norm.item() + 1e-6)
+        for parameter in self.here.values():
+            if parameter.grad is not None and factor < 1:
+                parameter.grad.mul_(factor)
+        return norm
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every gradient, whole, on every rank, under the keys of the original `named_parameters()` (tied: once)."""
+        return {name: self._whole(name, "grad") for name in self.everything if name in self.trained}
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and buffer, whole, on every rank, under the keys of the original `state_dict()`."""
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        whole = {name: self._whole(name, "data") for name in self.everything}
+        return {key: whole[name] if name in whole else buffers[key] for key, name in self.state_names.items()}
+
+    def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's part of whole tensors, as `full_state_dict` gives them, from any layout."""
+        if missing := self.state_names.keys() - state.keys():
+            raise ValueError(f"the state has no {sorted(missing)[0]!r} ({len(missing)} keys are missing)")
+        for name, parameter in self.here.items():
+            if state[name].shape != self.shapes[name]:
+                have, need = tuple(state[name].shape), tuple(self.shapes[name])
+                raise ValueError(f"{name!r} has shape {have} in the state, and {need} in this model")
+            whole = state[name].to(self.device)
+            share = parameter.cut.take(whole, self.tp) if hasattr(parameter, "cut") else whole
+            parameter.data.copy_(share)
+
+    def _whole(self, name: str, what: str) -> Tensor:
+        """The whole parameter or gradient, from the first of its stages to all. A collective."""
+        root, parameter = self.owner[min(self.homes[name])], self.everything[name]
+        if root == self.pp.index:
+            value = getattr(parameter, what)
+            value = torch.zeros_like(parameter) if value is None else value
+            value = tensor.whole(parameter, value.detach(), self.tp)
+        else:
+            value = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)
+        return broadcast(value, self.pp, root)
+
+    # -- what happened --------------------------------------------------------------------------------------------
+
+    def timeline(self) -> Timeline:
+        """The last step's spans of every rank, on one clock, from its first start. A collective."""
+        return collect([Span(here().rank, *span) for span in self.executor.spans])
+
+
+# -- helpers -------------------------------------------------------------------------------------------------
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters' memory, so that cutting it leaves the original alone at no cost."""
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def _own_memory(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
+    """Copy what still shares the original's memory, so that an update does not reach it."""
+    theirs = {p.data_ptr() for p in model.parameters()}
+    for parameter in parameters:
+        if parameter.data_ptr() in theirs:
+            parameter.data = parameter.data.clone()
+
+
+def _first_name(model: nn.Module, key: str) -> str:
+    """A tied parameter has several keys in the state, and one name among the parameters: the first."""
+    names = {p: name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    return names.get(dict(model.named_parameters(remove_duplicate=False)).get(key), key)
+
+
+def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str, str]:
+    plan = getattr(model, "tp_plan", None) if given is None else given
+    if not plan and tp.size > 1:
+        raise ValueError(
+            f"tp={tp.size} needs a plan: {type(model).__name__} has no tp_plan; give plan={{layer: style}}"
+        )
+    return plan or {}
+
+
+def _tensors(batch: Any) -> Iterable[Tensor]:
+    return batch.values() if isinstance(batch, dict) else [batch]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return {k: x.to(device) for k, x in batch.items()} if isinstance(batch, dict) else batch.to(device)
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for x in tensors:
+        kinds[x.dtype].append(x)
+    return kinds
