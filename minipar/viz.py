@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import html
+import inspect
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -32,9 +34,7 @@ DPI = 100  # of every picture in a notebook: fixed, so that a rebuilt notebook h
 # -- figures and their descriptions --------------------------------------------------------------------------
 
 
-def figure(
-    width: float = 7.0, height: float = 3.0, rows: int = 1, columns: int = 1
-) -> tuple[Figure, list[Axes]]:
+def figure(width: float = 7.0, height: float = 3.0, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of `width` by `height` inches and its axes, row by row, without the top and right spines."""
     drawing = Figure(figsize=(width, height), layout="constrained")
     panels = [drawing.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
@@ -96,6 +96,14 @@ def show(drawing: Figure, alt: str | None = None) -> None:
     display(Picture(drawing if alt is None else describe(drawing, alt)))
 
 
+def show_source(*functions: Callable[..., object]) -> None:
+    """Display functions of the package as they stand in its files."""
+    from IPython.display import Markdown, display
+
+    text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+    display(Markdown(f"```python\n{text}\n```"))
+
+
 def _lighter(color: str, share: float) -> tuple[float, float, float]:
     """`color` moved towards white by `share` (0 to 1)."""
     r, g, b = (1 - share) * to_rgb(color)[0], (1 - share) * to_rgb(color)[1], (1 - share) * to_rgb(color)[2]
@@ -129,9 +137,7 @@ def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
     places = [_place(mesh, rank, used) for rank in range(mesh.size)]
     columns, rows = (max(place[i] for place in places) + 1 for i in (0, 1))
     scale = min(1.0, 9 / columns)
-    drawing = Figure(
-        figsize=(max(3.2, columns * scale + 0.2), rows * scale * 0.72 + 0.5), layout="constrained"
-    )
+    drawing = Figure(figsize=(max(3.2, columns * scale + 0.2), rows * scale * 0.72 + 0.5), layout="constrained")
     panel = drawing.add_subplot()
     crowded = scale < 0.8 or len(used) > 3
     groups = mesh.lines(axis) if axis else []
@@ -151,9 +157,7 @@ def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
         coordinates = " ".join(f"{where[name]}" if crowded else f"{name}{where[name]}" for name in used)
         panel.text(x + 0.5, y + 0.72, coordinates, **CENTER, fontsize=7.5 * max(scale, 0.8))
         if group is not None:
-            panel.text(
-                x + 0.14, y + 0.26, _letters(group), va="center", fontsize=8 * max(scale, 0.8), weight="bold"
-            )
+            panel.text(x + 0.14, y + 0.26, _letters(group), va="center", fontsize=8 * max(scale, 0.8), weight="bold")
     panel.set(xlim=(-0.05, columns + 0.05), ylim=(rows + 0.05, -0.05), aspect=0.72)
     panel.axis("off")
     sizes = " × ".join(f"{name} {mesh.shape[name]}" for name in used) or "one rank"
@@ -186,8 +190,8 @@ class Ring(NamedTuple):
 def ring_state(ranks: int, step: int) -> Ring:
     """The state of a ring all-reduce of `ranks` chunks after `step` of its 2(ranks - 1) steps.
 
-    In the first half (reduce-scatter) rank r sends chunk r - 1 - s; the receiver adds it to its own. Rank r ends
-    with the sum of chunk r. In the second (all-gather) it sends chunk r - s, which replaces the receiver's.
+    In the first half (reduce-scatter) rank r sends chunk r - 1 - s and adds what comes to its own, so that it
+    ends with the sum of chunk r. In the second (all-gather) it sends chunk r - s, which replaces the receiver's.
     """
     held = [[frozenset({rank})] * ranks for rank in range(ranks)]
     sent: list[int | None] = [None] * ranks
@@ -204,6 +208,49 @@ def ring_state(ranks: int, step: int) -> Ring:
     return Ring(phase, sent, held)
 
 
+def _circle(panel: Axes, ranks: Iterable[int], arrows: Mapping[tuple[int, int], str], color: str = INK) -> None:
+    """Ranks on a circle, clockwise from the top, and arrows between them, a label beside each."""
+    ranks = list(ranks)
+    turn = {rank: 2 * math.pi * i / len(ranks) for i, rank in enumerate(ranks)}
+    spot = {rank: (math.sin(angle), math.cos(angle)) for rank, angle in turn.items()}
+    bend, out = (-0.5, 0.62) if len(ranks) == 2 else (-0.28, 1.17) if len(ranks) < 6 else (0, 1.24)
+    for (start, end), label in arrows.items():
+        panel.add_patch(
+            FancyArrowPatch(
+                spot[start],
+                spot[end],
+                connectionstyle=f"arc3,rad={bend}",
+                arrowstyle="-|>",
+                mutation_scale=12,
+                shrinkA=14,
+                shrinkB=14,
+                color=color,
+                lw=1.5,
+            )
+        )
+        if label:
+            middle = turn[start] + math.pi / len(ranks)
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": INK, "lw": 0.8}
+            panel.text(out * math.sin(middle), out * math.cos(middle), label, **CENTER, fontsize=10, bbox=box)
+    for rank, (x, y) in spot.items():
+        box = {"boxstyle": "circle,pad=0.35", "fc": PALETTE[rank % len(PALETTE)], "ec": INK}
+        panel.text(x, y, f"{rank}", **CENTER, fontsize=13, bbox=box)
+    panel.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
+    panel.axis("off")
+
+
+def draw_waits(waits: Mapping[int, int]) -> Figure:
+    """Who waits for whom: waits[rank] is the rank that it waits for. A closed loop of arrows is a deadlock."""
+    drawing = Figure(figsize=(2.9, 2.9), layout="constrained")
+    panel = drawing.add_subplot()
+    _circle(panel, sorted({*waits, *waits.values()}), dict.fromkeys(waits.items(), ""))
+    panel.set_title("an arrow: waits for", fontsize=9)
+    listed = ", ".join(f"{rank} for {other}" for rank, other in sorted(waits.items()))
+    return describe(
+        drawing, f"Ranks on a circle. An arrow goes from each rank that waits to the one it waits for: {listed}."
+    )
+
+
 def draw_ring(ranks: int, step: int) -> Figure:
     """A ring all-reduce after `step` steps: who sent what to whom, and whose numbers each copy now sums.
 
@@ -211,52 +258,15 @@ def draw_ring(ranks: int, step: int) -> Figure:
         ranks: 2 to 8; the tensor is cut into as many chunks.
         step: 0 (nothing sent yet) to 2(ranks - 1) (done); larger ones show the end.
     """
-    import math
-
     last = 2 * (ranks - 1)
     step = min(step, last)
     phase, sent, held = ring_state(ranks, step)
-    drawing = Figure(figsize=(7.6, 3.7), layout="constrained")
-    circle, table = drawing.subplots(1, 2, width_ratios=(1, 1.25))
+    drawing = Figure(figsize=(7.6, 3.7))  # laid out by hand: explorers draw it many times
+    circle, table = drawing.add_axes((0, 0, 0.42, 0.92)), drawing.add_axes((0.5, 0.13, 0.49, 0.8))
 
-    spots = [(math.sin(2 * math.pi * r / ranks), math.cos(2 * math.pi * r / ranks)) for r in range(ranks)]
-    for rank, (x, y) in enumerate(spots):
-        to = (rank + 1) % ranks
-        circle.add_patch(
-            FancyArrowPatch(
-                spots[rank],
-                spots[to],
-                connectionstyle=f"arc3,rad={-0.5 if ranks == 2 else -0.28 if ranks < 6 else 0}",
-                arrowstyle="-|>",
-                mutation_scale=12,
-                shrinkA=14,
-                shrinkB=14,
-                color=INK if step else "#BBBBBB",
-                lw=1.5,
-            )
-        )
-        if (chunk := sent[rank]) is not None:
-            middle = 2 * math.pi * (rank + 0.5) / ranks
-            out = 0.62 if ranks == 2 else 1.17 if ranks < 6 else 1.24
-            circle.text(
-                out * math.sin(middle),
-                out * math.cos(middle),
-                f"{chunk}",
-                **CENTER,
-                fontsize=10,
-                bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": INK, "lw": 0.8},
-            )
-        circle.text(
-            x,
-            y,
-            f"{rank}",
-            **CENTER,
-            fontsize=13,
-            bbox={"boxstyle": "circle,pad=0.35", "fc": PALETTE[rank], "ec": INK},
-        )
-    circle.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
+    arrows = {(r, (r + 1) % ranks): "" if sent[r] is None else f"{sent[r]}" for r in range(ranks)}
+    _circle(circle, range(ranks), arrows, INK if step else "#BBBBBB")
     circle.set_title("circle: a rank; square: the chunk it sent on", fontsize=9)
-    circle.axis("off")
 
     slot = 0.84 / ranks
     for rank in range(ranks):
@@ -290,13 +300,11 @@ def draw_ring(ranks: int, step: int) -> Figure:
     table.set(xlim=(0, ranks), ylim=(ranks, 0))
     table.set_xticks([c + 0.5 for c in range(ranks)], [f"{c}" for c in range(ranks)])
     table.set_yticks([r + 0.5 for r in range(ranks)], [f"rank {r}" for r in range(ranks)])
-    table.set_xlabel("chunk (a stripe: whose numbers are in the sum; thick: just arrived)", fontsize=8)
+    table.set_xlabel("chunk (stripes: whose numbers it sums; thick: just came)", fontsize=8)
     table.tick_params(length=0, labelsize=9)
     table.spines[:].set_visible(False)
     whole = sum(len(copy) == ranks for row in held for copy in row)
-    table.set_title(
-        f"step {step} of {last} ({phase}): {whole} of {ranks * ranks} copies complete", fontsize=9
-    )
+    table.set_title(f"step {step} of {last} ({phase}): {whole} of {ranks * ranks} copies complete", fontsize=9)
 
     sentence = f"Ring all-reduce on {ranks} ranks, after step {step} of {last}"
     if step == 0:
@@ -307,12 +315,43 @@ def draw_ring(ranks: int, step: int) -> Figure:
     return describe(drawing, sentence)
 
 
+# -- tensors of all ranks -------------------------------------------------------------------------------------
+
+
+def draw_tensors(states: Mapping[str, Sequence[Sequence[float]]], hue: Callable[[float], int]) -> Figure:
+    """What every rank holds, side by side for several moments: a row a rank, a box a number.
+
+    Args:
+        states: for each title, one list of numbers a rank; the lists of a rank may have any length.
+        hue: the number of the palette's color for a value, so that values that belong together look alike.
+    """
+    widest = [max(map(len, rows)) for rows in states.values()]
+    ranks = max(map(len, states.values()))
+    drawing = Figure(figsize=(0.62 * sum(widest) + 0.55 * len(states) + 0.5, 0.4 * ranks + 0.6), layout="constrained")
+    panels = drawing.subplots(1, len(states), width_ratios=widest, squeeze=False)[0]
+    for panel, (title, rows), wide in zip(panels, states.items(), widest, strict=True):
+        for rank, row in enumerate(rows):
+            for i, value in enumerate(row):
+                color = _lighter(PALETTE[hue(value)], 0.35)
+                panel.add_patch(Rectangle((i + 0.04, rank + 0.08), 0.92, 0.84, fc=color, ec=INK, lw=0.6))
+                panel.text(i + 0.5, rank + 0.5, f"{value:g}", **CENTER, fontsize=8)
+        panel.set(xlim=(0, wide), ylim=(ranks, 0))
+        panel.set_xticks([])
+        panel.set_yticks([r + 0.5 for r in range(ranks)], [f"{r}" for r in range(ranks)])
+        panel.tick_params(length=0, labelsize=8)
+        panel.spines[:].set_visible(False)
+        panel.set_title(title, fontsize=9)
+    panels[0].set_ylabel("rank", fontsize=8)
+    listed = (
+        f"{title}: " + "; ".join(", ".join(f"{v:g}" for v in row) for row in rows) for title, rows in states.items()
+    )
+    return describe(drawing, f"What ranks 0 to {ranks - 1} hold. {'. '.join(listed)}.")
+
+
 # -- bars ----------------------------------------------------------------------------------------------------
 
 
-def draw_bars(
-    names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str, title: str = ""
-) -> Figure:
+def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str, title: str = "") -> Figure:
     """Horizontal bars, one a name, stacked from `parts`, with the total written at the end of each.
 
     Args:
@@ -324,9 +363,7 @@ def draw_bars(
     totals = [sum(part[i] for part in parts.values()) for i in range(len(names))]
     left = [0.0] * len(names)
     for i, (part, sizes) in enumerate(parts.items()):
-        panel.barh(
-            range(len(names)), sizes, left=left, color=PALETTE[i], edgecolor=INK, linewidth=0.6, label=part
-        )
+        panel.barh(range(len(names)), sizes, left=left, color=PALETTE[i], edgecolor=INK, linewidth=0.6, label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for i, total in enumerate(totals):
         panel.text(
@@ -389,9 +426,7 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
             chunk, chunks = stages[rank].index(s.action.stage), len(stages[rank])
             color = _lighter(COLORS[s.action.op], 0.55 * chunk / max(chunks - 1, 1))
             ax.add_patch(Rectangle((start, row - 0.42), wide, 0.84, fc=color, ec=INK, lw=0.5, zorder=2))
-            lines = (
-                [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
-            )
+            lines = [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
             size = min(9.0, wide * points * 0.85 / (0.62 * max(map(len, lines))))
             if size >= 4.5:
                 ax.text(
@@ -410,9 +445,7 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
     ax.tick_params(axis="y", length=0)
     ax.set_title(title, fontsize=10, loc="left")
     used = [op for op in COLORS if any(s.action.op == op for s in timeline.spans)]
-    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used] + [
-        Patch(fc=PALE, label="idle")
-    ]
+    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used] + [Patch(fc=PALE, label="idle")]
     if any(s.action.op not in COLORS and s.end > s.start for s in timeline.spans):
         handles.append(Patch(fc=LINE, label="communication"))
     ax.legend(
@@ -429,9 +462,7 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
 
     busy = sum(s.end - s.start for s in timeline.spans if s.action.op in COLORS)
     idle = 1 - busy / (timeline.end * len(ranks))
-    sentence = (
-        f"{title or 'A timeline'}: {len(ranks)} ranks, {length:.3g} {unit}, {idle:.0%} of the rank time idle."
-    )
+    sentence = f"{title or 'A timeline'}: {len(ranks)} ranks, {length:.3g} {unit}, {idle:.0%} of the rank time idle."
     for rank in ranks:
         order = [s for s in timeline.of(rank) if s.action.op in COLORS]
         sentence += f" Rank {rank}: {' '.join(str(s.action) for s in order)}."

@@ -1,6 +1,6 @@
-"""Explorers: a picture with sliders that works with a kernel and without one.
+"""Explorers: a picture with controls that works with a kernel and without one.
 
-`explore(fn, **choices)` shows sliders over the real function, and in the same output a static copy with one
+`explore(fn, **choices)` shows controls over the real function, and in the same output a static copy with one
 frame for every setting, drawn beforehand. Which of the two a reader sees:
 
 - after running the cell, in JupyterLab or Notebook: the live one, which calls `fn` for each move;
@@ -35,11 +35,11 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
-    """Show `fn(**setting)` with a slider for each choice.
+    """Show `fn(**setting)` with a control for each choice: a slider for a range of integers, else a menu.
 
     Args:
         fn: draws and returns a figure with a description (`viz.describe`); it depends on its arguments only.
-        choices: for each argument of `fn` the values that its slider goes through, the first one shown first.
+        choices: for each argument of `fn` its values, the first one shown first.
 
     Raises ValueError if the settings are none or more than 200, since each is drawn and saved with the page;
     TypeError if `fn` returns something else than a figure.
@@ -70,24 +70,38 @@ def _name(fn: Callable[..., Figure]) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
+def _is_range(values: list[Any]) -> bool:
+    """Whole numbers one after the other get a slider, anything else a menu."""
+    return all(type(v) is int for v in values) and values == list(range(values[0], values[0] + len(values)))
+
+
 def _live(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> Any:
-    """The same picture under ipywidgets' sliders, for as long as the kernel runs."""
+    """The same picture under ipywidgets' controls, for as long as the kernel runs.
+
+    Beside a slider stands a number field: ipywidgets gives its sliders no name that a screen reader could say.
+    """
     import ipywidgets
 
-    sliders = {
-        name: ipywidgets.SelectionSlider(options=[(str(v), v) for v in values], description=name)
-        for name, values in grid.items()
-    }
-    picture = ipywidgets.HTML()
+    picture, controls, boxes = ipywidgets.HTML(), {}, []
+    for name, values in grid.items():
+        if _is_range(values):
+            ends = {"value": values[0], "min": values[0], "max": values[-1]}
+            control = ipywidgets.BoundedIntText(**ends, description=name, layout={"width": "150px"})
+            slider = ipywidgets.IntSlider(**ends, readout=False, layout={"width": "200px"})
+            ipywidgets.link((control, "value"), (slider, "value"))
+            boxes += [control, slider]
+        else:
+            control = ipywidgets.Dropdown(options=[(str(v), v) for v in values], description=name)
+            boxes.append(control)
+        controls[name] = control
 
     def move(_: object = None) -> None:
-        source, sentence = _frame(fn, {name: slider.value for name, slider in sliders.items()})
-        picture.value = _figure(source, sentence)
+        picture.value = _figure(*_frame(fn, {name: control.value for name, control in controls.items()}))
 
-    for slider in sliders.values():
-        slider.observe(move, "value")
+    for control in controls.values():
+        control.observe(move, "value")
     move()
-    return ipywidgets.VBox([ipywidgets.HBox(list(sliders.values())), picture])
+    return ipywidgets.VBox([ipywidgets.HBox(boxes), picture])
 
 
 def _figure(source: str, sentence: str) -> str:
@@ -98,9 +112,9 @@ def _figure(source: str, sentence: str) -> str:
     )
 
 
-# Frames are numbered as itertools.product goes through the settings: the last slider moves fastest.
+# Frames are numbered as itertools.product goes through the settings: the last choice moves fastest.
 _SCRIPT = """(() => {
-  const {sizes, names, values, frames, pictures, sentences} = DATA;
+  const {names, sliders, values, frames, pictures, sentences} = DATA;
   for (const root of document.querySelectorAll(".KEY")) {
     if (root.dataset.ready) continue;
     root.dataset.ready = "yes";
@@ -108,19 +122,24 @@ _SCRIPT = """(() => {
     const image = root.querySelector("img"), caption = root.querySelector("figcaption");
     const controls = root.querySelector(".controls"), inputs = [];
     const show = () => {
-      const frame = frames[inputs.reduce((at, input, i) => at * sizes[i] + Number(input.value), 0)];
+      const frame = frames[inputs.reduce((at, input, i) => at * values[i].length + Number(input.value), 0)];
       inputs.forEach((input, i) => {
         input.setAttribute("aria-valuetext", values[i][input.value]);
-        input.nextElementSibling.textContent = values[i][input.value];
+        if (sliders[i]) input.nextElementSibling.textContent = values[i][input.value];
       });
       image.src = "data:image/png;base64," + pictures[frame[0]];
       image.alt = caption.textContent = sentences[frame[1]];
     };
     names.forEach((name, i) => {
-      const label = document.createElement("label"), input = document.createElement("input");
+      const label = document.createElement("label");
+      const input = document.createElement(sliders[i] ? "input" : "select");
       label.style.marginRight = "2em";
-      label.append(name + " ", input, document.createElement("output"));
-      Object.assign(input, {type: "range", min: 0, max: sizes[i] - 1, value: 0, oninput: show});
+      label.append(name + " ", input);
+      if (sliders[i]) {
+        Object.assign(input, {type: "range", min: 0, max: values[i].length - 1, value: 0});
+        label.append(document.createElement("output"));
+      } else values[i].forEach((value, at) => input.append(new Option(value, at)));
+      input.oninput = show;
       inputs.push(input);
       controls.append(label);
     });
@@ -149,8 +168,8 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
         )
     data = json.dumps(
         {
-            "sizes": [len(values) for values in grid.values()],
             "names": list(grid),
+            "sliders": [_is_range(values) for values in grid.values()],
             "values": [[str(v) for v in values] for values in grid.values()],
             "frames": frames,
             "pictures": list(pictures),
@@ -160,7 +179,7 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
     key = "minipar-" + hashlib.sha256(data.encode()).hexdigest()[:12]
     first = _figure(f"data:image/png;base64,{next(iter(pictures))}", next(iter(sentences)))
     return (
-        f'<div class="{key}"><p class="hint"><em>Run this cell (Shift+Enter) to get the sliders.</em></p>'
+        f'<div class="{key}"><p class="hint"><em>Run this cell (Shift+Enter) to get the controls.</em></p>'
         f'<div class="controls"></div>{first}</div>'
         f"<script>{_SCRIPT.replace('KEY', key).replace('DATA', data)}</script>"
     )
@@ -169,7 +188,7 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
 # -- explorers that several chapters use ---------------------------------------------------------------------
 
 
-def ring_explorer(ranks: Iterable[int] = (2, 3, 4, 5)) -> None:
+def ring_explorer(ranks: Iterable[int] = (4, 2, 3, 5)) -> None:
     """The ring all-reduce step by step: which chunk goes where, and whose numbers are in it."""
     ranks = list(ranks)
     explore(viz.draw_ring, ranks=ranks, step=range(2 * (max(ranks) - 1) + 1))
