@@ -2,6 +2,6 @@
 
 import sys
 
-# jsonschema parses a grammar of web addresses when it is imported: 1.4 s, for a format that no notebook has. It does
-# without where the module cannot be imported.
+# jsonschema parses a grammar of web addresses when it is imported: 1.4 s, for a format that no notebook has.
+# It does without where the module cannot be imported.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]

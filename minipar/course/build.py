@@ -2,7 +2,7 @@
 
     chapters/src/*.py   ->  chapters/*.ipynb    executed, with outputs
     solutions/src/*.py  ->  solutions/*.ipynb   executed, with outputs
-                        ->  exercises/*.ipynb   answers taken out, outputs too (but for what a check cell prints)
+                        ->  exercises/*.ipynb   answers taken out, outputs too (but for what checks print)
 
 A source is a Python file in jupytext's percent format. What a cell is for stands on its first line:
 
@@ -92,9 +92,7 @@ def blank(notebook: NotebookNode, solved: NotebookNode) -> NotebookNode:
     """The exercise: answers, hints and outputs taken out, but for what the check cells of `solved` print."""
     printed = {cell.id: cell for cell in solved.cells if "check" in cell.metadata}
     exercise = _rewritten(notebook, _your_turn)
-    exercise.cells = [
-        cell for cell in exercise.cells if "hint" not in cell.metadata and "solution" not in cell.metadata.get("tags", [])
-    ]
+    exercise.cells = [c for c in exercise.cells if "hint" not in c.metadata and "solution" not in _tags(c)]
     for cell in exercise.cells:
         if cell.id in printed:
             cell.outputs = printed[cell.id].outputs
@@ -103,8 +101,12 @@ def blank(notebook: NotebookNode, solved: NotebookNode) -> NotebookNode:
         elif "task" in cell.metadata:
             cell.metadata.update(deletable=False)
         elif cell.cell_type == "code":  # nbval has nothing to compare it with
-            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "nbval-ignore-output"]
+            cell.metadata["tags"] = [*_tags(cell), "nbval-ignore-output"]
     return exercise
+
+
+def _tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
 
 
 def _your_turn(match: re.Match[str]) -> str:
@@ -165,9 +167,9 @@ def problems(notebook: NotebookNode) -> list[str]:
             found.append(f"{where}: {lines} lines of code, {LONGEST_CELL} are allowed")
         printed = [out for out in cell.outputs if out.get("name") == "stdout"]
         if "check" in cell.metadata and ("# NBVAL_CHECK_OUTPUT" not in cell.source or len(printed) != 1):
-            found.append(f"{where}: a check cell has the comment # NBVAL_CHECK_OUTPUT and prints a line")
+            found.append(f"{where}: a check cell has the comment # NBVAL_CHECK_OUTPUT and prints once")
         for output in cell.outputs:
-            found += [f"{where}: {problem}" for problem in _output_problems(output, cell.metadata.get("tags", []))]
+            found += [f"{where}: {problem}" for problem in _output_problems(output, _tags(cell))]
     size = len(to_text(notebook).encode())
     if size > LARGEST_NOTEBOOK:
         found.append(f"the notebook has {size:,} bytes, {LARGEST_NOTEBOOK:,} are allowed")
@@ -201,8 +203,8 @@ def to_text(notebook: NotebookNode) -> str:
 def build(root: Path, only: str = "", force: bool = False) -> list[Path]:
     """Build every notebook under `root` whose name contains `only`. Returns the files that changed.
 
-    `force` runs the unchanged ones too. Raises BuildError when a finished notebook is not fit for readers; what
-    was built before that stays.
+    `force` runs the unchanged ones too. Raises BuildError when a finished notebook is not fit for readers; what was
+    built before that stays.
     """
     changed = []
     for folder in ("chapters", "solutions"):
@@ -235,7 +237,7 @@ def _write(path: Path, text: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipar.course.build", description="Build the notebooks.")
+    parser = argparse.ArgumentParser("python -m minipar.course.build", description="Build the notebooks.")
     parser.add_argument("only", nargs="?", default="", help="only notebooks with this in their name")
     parser.add_argument("--force", action="store_true", help="run notebooks whose code has not changed, too")
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     progress.set_defaults(run=lambda options: _said(_progress, options))
 
 
-def _said(command, options: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
+def _said(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     try:
         return command(options)
     except CourseError as error:
@@ -50,9 +51,9 @@ def _grade(options: argparse.Namespace) -> int:
     for notebook in options.notebooks:
         if not notebook.exists():
             raise CourseError(f"there is no {notebook}")
-    # Started before all else is loaded: its own imports take longest.
-    kernel = Kernel(options.notebooks[0].resolve().parent)
-    passed = [_grade_one(notebook, kernel if i == 0 else None) for i, notebook in enumerate(options.notebooks)]
+    first, *others = options.notebooks
+    # The kernel's own imports take longest: it starts before all else is loaded here.
+    passed = [_grade_one(first, Kernel(first.resolve().parent)), *map(_grade_one, others)]
     if options.watch:
         _watch(options.notebooks)
     return 0 if all(passed) else 1
@@ -74,7 +75,8 @@ def _grade_one(notebook: Path, kernel: "Kernel | None" = None) -> bool:
 
 
 def _show(verdict: "Verdict") -> None:
-    print(f"  {verdict.outcome:<4}  {verdict.task.id:<6}  {verdict.task.title:<52}{verdict.seconds:5.1f} s", flush=True)
+    task = verdict.task
+    print(f"  {verdict.outcome:<4}  {task.id:<6}  {task.title:<52}{verdict.seconds:5.1f} s", flush=True)
 
 
 def _explain_first(verdicts: "list[Verdict]", progress: Progress) -> None:
@@ -129,7 +131,7 @@ def _hint(options: argparse.Namespace) -> int:
 def _solution(options: argparse.Namespace) -> int:
     task = find(options.task, solutions_folder())
     if task.id not in Progress.load().passed and not options.reveal:
-        print(f"{task.id} has not passed here yet. Grade it, or add --reveal to see the solution all the same.")
+        print(f"{task.id} has not passed here yet. Grade it, or add --reveal to see the solution anyway.")
         return 1
     print(task.answer.source)
     return 0

@@ -1,9 +1,9 @@
 """Grade exercise notebooks with nbval, one verdict a task.
 
-From the learner's file come the answers and nothing else, found by cell id. Set-up, checks and what a check prints
-come from the solution. Before each answer the names in the kernel are those of the reference: its set-up and its
-earlier answers, so a task never fails for an earlier one. An answer that ends or hangs the kernel costs its own task
-only: the next starts in a fresh kernel.
+From the learner's file come the answers and nothing else, found by cell id. Set-up, checks and what a check
+prints come from the solution. Before each answer the names in the kernel are those of the reference: its set-up
+and its earlier answers, so a task never fails for an earlier one. An answer that ends or hangs the kernel costs
+its own task only: the next starts in a fresh kernel.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def grade(
 ) -> list[Verdict]:
     """The verdict on every task of an exercise notebook, in order; `report` hears of each as it falls.
 
-    kernel: one that was started ahead. It is used up. Raises CourseError when the solution is not found, CellFailed
-    when the set-up of the notebook itself does not run.
+    kernel: one that was started ahead. It is used up.
+    Raises CourseError when the notebook or its solution cannot be read, CellFailed when its set-up does not run.
     """
     kernel = kernel or Kernel(notebook.resolve().parent)
     try:
@@ -56,12 +56,12 @@ def grade(
     except BaseException:
         kernel.stop()
         raise
-    options = ["-c", os.devnull, "--rootdir", str(notebook.resolve().parent), "--noconftest", "--color=no", "-s"]
-    plugins = ["--disable-plugin-autoload", "-p", "nbval.plugin", "-p", "no:cacheprovider"]
+    options = f"-c {os.devnull} --noconftest --color=no -s -p nbval.plugin -p no:cacheprovider".split()
+    options += ["--disable-plugin-autoload", "--rootdir", str(notebook.resolve().parent)]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            pytest.main([*options, *plugins, str(notebook)], plugins=[grader])
+            pytest.main([*options, str(notebook)], plugins=[grader])
     finally:
         grader.kernel.stop()
     if grader.broken:
@@ -156,13 +156,14 @@ class _File(IPyNbFile):
 class _Cell(IPyNbCell):
     """nbval's cell, which waits no longer than its task may take and knows what ended it."""
 
+    parent: _File
     task: Task
     checks: bool
 
     def setup(self) -> None: ...
 
     def runtest(self) -> None:
-        grader: _Grader = self.parent.grader
+        grader = self.parent.grader
         if grader.broken:
             return
         try:
@@ -203,15 +204,15 @@ class _Cell(IPyNbCell):
         if raised is None:
             printed = "".join(out.get("text", "") for out in self.test_outputs).strip()
             wanted = "".join(out.get("text", "") for out in self.cell.outputs).strip()
-            return "fail", f"The check prints\n  {printed or '(nothing)'}\nwhere the solution's prints\n  {wanted}"
+            return "fail", f"The check prints\n  {printed or '(nothing)'}\nand should print\n  {wanted}"
         name, message = raised.ename, ANSI.sub("", raised.evalue).strip()
         message = re.sub(r"\(\d+\.py, line (\d+)\)", r"(line \1 of the answer)", message)  # of a SyntaxError
         if "NotImplementedError" in (name, *re.findall(r"\w+Error", message)):
             return "todo", "Not begun: NotImplementedError stands where your code goes."
         if name == "AssertionError" and message:
             return "fail", message
-        lines = [line for line in ANSI.sub("", "\n".join(raised.traceback)).splitlines() if line.startswith("--")]
-        at = [line for line in lines if "-->" in line][-1:]
+        trace = ANSI.sub("", "\n".join(raised.traceback)).splitlines()
+        at = [line for line in trace if line.startswith("--") and "-> " in line][-1:]
         return "fail", "\n".join([f"{name}: {message}", *at])
 
 

@@ -1,4 +1,4 @@
-"""The kernel that exercises are graded in. It starts while the grader still loads, and a dead one is noticed at once."""
+"""The kernel that exercises are graded in: started while the grader loads, and missed at once when it dies."""
 
 import subprocess
 import sys
@@ -7,13 +7,12 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import ipykernel.kernelspec
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
 from nbval.kernel import RunningKernel
 
-# What the kernel does before it listens: torch is imported here and, at the same time, in the process that ranks are
-# forked from; one after the other they take twice as long.
+# What the kernel does before it listens: torch is imported here and, at the same time, in the process that ranks
+# are forked from; one after the other they take twice as long.
 LAUNCH = """\
 import minipar.course
 __import__("time")
@@ -34,7 +33,7 @@ class CellFailed(Exception):
 class _ThisPython(KernelSpecManager):
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         argv = [sys.executable, "-c", LAUNCH, "-f", "{connection_file}", "--log-level=40"]
-        return KernelSpec(argv=argv, display_name="minipar", language="python", resource_dir=ipykernel.kernelspec.RESOURCES)
+        return KernelSpec(argv=argv, display_name="minipar", language="python")
 
 
 class Kernel(RunningKernel):

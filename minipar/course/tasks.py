@@ -24,7 +24,6 @@ class Solution:
     """A finished exercise notebook: its set-up cells in order, and its tasks in order."""
 
     path: Path
-    title: str
     setup: tuple[str, ...]
     tasks: tuple[Task, ...]
 
@@ -41,7 +40,8 @@ def solutions_folder(near: Path | None = None) -> Path:
     for place in places:
         if (place / "solutions").is_dir():
             return place / "solutions"
-    raise CourseError(f"no folder solutions/ in {' or '.join(str(p) for p in places)}: run this in the repository")
+    looked = " or ".join(str(place) for place in places)
+    raise CourseError(f"no folder solutions/ in {looked}: run this in the repository")
 
 
 def read_solution(path: Path) -> Solution:
@@ -61,8 +61,7 @@ def read_solution(path: Path) -> Solution:
         if (name := cell.metadata.get("task"))
     )
     setup = tuple(c.source for c in cells if c.cell_type == "code" and "setup" in c.metadata.get("tags", []))
-    title = next((c.source.splitlines()[0].lstrip("# ") for c in cells if c.source.startswith("# ")), path.stem)
-    return Solution(path, title, setup, tasks)
+    return Solution(path, setup, tasks)
 
 
 def course(folder: Path) -> list[Solution]:
@@ -81,7 +80,7 @@ def find(name: str, folder: Path) -> Task:
 
 @dataclass
 class Progress:
-    """What has passed and how many hints were shown, kept in `.minipar/progress.json` of the current folder."""
+    """What has passed and how many hints were shown, in `.minipar/progress.json` of the current folder."""
 
     path: Path
     passed: set[str] = field(default_factory=set)
