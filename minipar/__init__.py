@@ -1,12 +1,13 @@
 """Hybrid parallelism for language models, small enough to read whole."""
 
-from .collectives import Axis, connect, ledger
+from .collectives import Axis, connect
 from .mesh import Mesh
 from .model import Config, gpt
 from .schedule import gpipe, one_f_one_b
 from .tensor import cross_entropy
 from .timeline import Costs, Timeline, bubble, simulate
 from .train import parallelize
+from .transport import ledger
 from .world import RankError, World, here
 
 __all__ = [

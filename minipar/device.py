@@ -23,3 +23,8 @@ def pick(device: str | None, local_rank: int = 0, local_ranks: int = 1) -> tuple
     mine = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(mine)
     return mine, "cpu:gloo,cuda:nccl" if gpus >= local_ranks else "gloo"
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout draws from on a device."""
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
