@@ -4,8 +4,10 @@ Every collective returns a new tensor and leaves its input alone, so it is safe 
 the axis.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,7 +65,7 @@ def _transport(axis: str, ranks: tuple[int, ...]) -> Transport:
 
 
 @cache
-def _group(ranks: tuple[int, ...], second: bool = False) -> dist.ProcessGroup:
+def _group(ranks: tuple[int, ...], second: bool = False) -> dist.ProcessGroup | None:
     """One group for each line of ranks, whatever mesh it is a line of. Only its members need to call."""
     if len(ranks) == here().size and not second:
         return dist.group.WORLD
@@ -167,16 +169,19 @@ def recv(like: Tensor, axis: Axis, source: int, tag: int = 0) -> Tensor:
 # -- the same, differentiable: each is the adjoint of another ------------------------------------------------
 
 
+Map = Callable[[Tensor, Axis], Tensor]
+
+
 class _Collective(torch.autograd.Function):
     """A collective whose gradient travels by another one, its adjoint."""
 
     @staticmethod
-    def forward(ctx, x, axis, forward, adjoint):
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Map, adjoint: Map) -> Tensor:
         ctx.axis, ctx.adjoint = axis, adjoint
         return forward(x, axis)
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         return ctx.adjoint(gradients[0], ctx.axis), None, None, None
 
 

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,7 @@ def rowwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
 
     layer.forward = forward
     if region.sequence and layer.bias is not None:
-        layer.bias.partial = True  # added to this rank's part of the sequence only
+        _mark_partial(layer.bias)  # added to this rank's part of the sequence only
 
 
 def rowwise_split_input(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
@@ -188,7 +189,12 @@ def embedding_rowwise(layer: nn.Embedding, region: Region, entrance: Entrance) -
 def replicated_with_grad_allreduce(layer: nn.Module, region: Region, entrance: Entrance) -> None:
     """A whole layer inside a cut region: its gradients are partial sums."""
     for parameter in layer.parameters():
-        parameter.partial = True
+        _mark_partial(parameter)
+
+
+def _mark_partial(parameter: Any) -> None:
+    """Its gradient on one rank is a partial sum: `step` adds them up, once, at its end."""
+    parameter.partial = True
 
 
 def sequence_parallel(layer: nn.Module, region: Region, entrance: Entrance) -> None:
@@ -291,7 +297,7 @@ def vocabulary_parallel_cross_entropy(
 
 class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, axis, first):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, first: int) -> Tensor:
         top = all_reduce(logits.amax(-1), axis, "max")  # (N,)
         shares = (logits - top[:, None]).exp_()
         here = (targets >= first) & (targets < first + logits.size(-1))
@@ -303,7 +309,7 @@ class _VocabularyParallel(torch.autograd.Function):
         return ((total.log() - target_logit) * counts).sum()
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         probabilities, place, here, counts = ctx.saved_tensors
         gradient = probabilities.scatter_add(-1, place, -here[:, None].to(probabilities.dtype))
         return gradient.mul_((gradients[0] * counts)[:, None]), None, None, None

@@ -115,11 +115,11 @@ class Parallel:
         inputs, targets = _to(inputs, self.device), _to(targets, self.device)
         # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
         guess = 1 if local else next(iter(_tensors(targets))).numel()
-        inputs, targets = self._microbatches(inputs, local), self._microbatches(targets, local)
+        batches, labels = self._microbatches(inputs, local), self._microbatches(targets, local)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, count
 
         def conclude(output: Any, microbatch: int) -> Tensor:
-            loss, count = self.loss(getattr(output, "logits", output), targets[microbatch])
+            loss, count = self.loss(getattr(output, "logits", output), labels[microbatch])
             total.add_(torch.stack([loss.detach().double(), torch.as_tensor(count, device=self.device).double()]))
             return loss / guess
 
@@ -127,7 +127,7 @@ class Parallel:
             some.attach()
         self._gather_heads(self.loss is self.given_loss)
         with self._own_randomness():
-            self.executor.run(self.training_program, inputs, conclude)
+            self.executor.run(self.training_program, batches, conclude)
         for some in self._all_gradients():
             some.finish()
         loss, count = all_reduce(all_reduce(total, self.pp), self.dp)
@@ -246,8 +246,8 @@ class Parallel:
         temperature 0 takes the likeliest token, above 0 draws. Each token costs a forward over the whole context.
         """
         generator, was_training = torch.Generator().manual_seed(seed), self.module.training
-        config, tokens = self.module.config, tokens.to(self.device)
-        context = getattr(config, "context", None) or config.max_position_embeddings
+        config: Any = self.module.config
+        tokens, context = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
         context -= context % self.tp.size  # sequence parallelism cuts the sequence evenly
         self.eval()
         for _ in range(new):
@@ -370,8 +370,9 @@ def _own_memory(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
 
 def _first_name(model: nn.Module, key: str) -> str:
     """A tied parameter has several keys in the state, and one name among the parameters: the first."""
-    names = {p: name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    return names.get(dict(model.named_parameters(remove_duplicate=False)).get(key), key)
+    everywhere = list(model.named_parameters(remove_duplicate=False))
+    mine = dict(everywhere).get(key)
+    return next((name for name, p in everywhere if p is mine), key)
 
 
 def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str, str]:

@@ -151,14 +151,15 @@ class Alone:
         raise ValueError("an axis with one rank has nobody to receive from")
 
 
+Group = dist.ProcessGroup | None
+
+
 class Torch:
     """torch.distributed under an axis. Books what gloo's and nccl's algorithms send, for M bytes and n ranks."""
 
     OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
-    def __init__(
-        self, axis: str, ranks: tuple[int, ...], index: int, group: dist.ProcessGroup, upward: dist.ProcessGroup
-    ):
+    def __init__(self, axis: str, ranks: tuple[int, ...], index: int, group: Group, upward: Group):
         """upward: the group of messages to a lower index. Under nccl it is another one than `group`, because nccl
         carries out the messages of a pair of ranks one by one in the order in which they were started."""
         self.axis, self.ranks, self.index, self.group, self.upward = axis, ranks, index, group, upward
