@@ -303,10 +303,10 @@ class Executor:
         self.posted[action] = [irecv(x, self.axis, peer, self._tag(action)) for x in like]
 
     def _tag(self, action: Action) -> int:
-        """One for each boundary, direction and microbatch, so that the order of messages does not matter."""
+        """One for each boundary and direction. Along each, microbatches go in the order of the schedule."""
         down = action.op in (Op.SEND_ACTIVATION, Op.RECV_ACTIVATION)
         boundary = action.stage + (action.op in (Op.SEND_ACTIVATION, Op.RECV_GRADIENT))
-        return 2 * (boundary * len(self.inputs) + action.microbatch) + down
+        return 2 * boundary + down
 
     DO: dict[Op, Callable[["Executor", Action], None]] = {
         Op.LOAD: load,

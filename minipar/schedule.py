@@ -6,7 +6,7 @@
 A schedule has three readers: `simulate` predicts it, the executor runs it, `viz.draw` shows it.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from enum import StrEnum
 from itertools import chain
@@ -97,7 +97,8 @@ def depends_on(action: Action, last: int) -> list[Action]:
 
 
 def check(schedule: Schedule, microbatches: int) -> None:
-    """Is every microbatch carried once through every stage, forward and back? ValueError names what is not."""
+    """Is every microbatch carried once through every stage, forward and back, and do messages arrive in the order in
+    which they are sent? ValueError names what is not."""
     stages = len(owners(schedule))
     count = Counter(chain(*schedule))
     backward = {Op.F, Op.I, Op.W} if any(a.op == Op.I for a in count) else {Op.F, Op.B}
@@ -116,6 +117,12 @@ def check(schedule: Schedule, microbatches: int) -> None:
             for needed in depends_on(action, stages - 1):
                 if needed in place and place[needed] > place[action]:
                     raise ValueError(f"rank {rank} has {action} before {needed}, which it needs")
+    orders: dict[tuple[Op, int], list[int]] = defaultdict(list)
+    for action in chain(*schedule):
+        orders[action.op, action.stage].append(action.microbatch)
+    for (op, stage), order in orders.items():
+        if op != Op.W and order != orders.get((op, stage - 1), order):
+            raise ValueError(f"stage {stage} takes the microbatches of {op} in another order than stage {stage - 1}")
 
 
 def in_flight(program: Program) -> int:
