@@ -125,6 +125,7 @@ def _rewritten(notebook: NotebookNode, replacement: Callable[[re.Match[str]], st
 def run(notebook: NotebookNode, folder: Path) -> None:
     """Run every cell in a kernel of this Python, in `folder`, and keep the outputs in the notebook."""
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
     client = NotebookClient(
         notebook,
@@ -136,7 +137,10 @@ def run(notebook: NotebookNode, folder: Path) -> None:
         record_timing=False,
         store_widget_state=False,
     )
-    client.execute()
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise BuildError(str(error)) from None
     notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
 
 

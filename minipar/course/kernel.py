@@ -15,7 +15,7 @@ from nbval.kernel import RunningKernel
 # are forked from; one after the other they take twice as long.
 LAUNCH = """\
 import minipar.course
-__import__("time")
+
 import torch
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()

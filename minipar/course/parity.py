@@ -1,0 +1,67 @@
+"""What is wrong with these tensors? Says it in words, for the checks of exercises."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+TOLERANCE = 1e-12  # of the largest value of the reference, in float64
+
+
+def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient") -> str:
+    """Why the tensors that ranks hold are not those of one process; "" if they are.
+
+    ranks: for each rank its tensors by parameter name; whole: those of one process.
+    """
+    for rank, mine in enumerate(ranks):
+        for name, wanted in whole.items():
+            got = mine.get(name)
+            if got is None:
+                return f"rank {rank}: {name} has no {what}"
+            if got.shape != wanted.shape:
+                shapes = f"{tuple(got.shape)}, and the parameter is {tuple(wanted.shape)}"
+                return f"rank {rank}: the {what} of {name} has the shape {shapes}"
+    largest = max(float(wanted.abs().max()) for wanted in whole.values())
+    wrong = {
+        (name, rank): mine[name]
+        for name in whole
+        for rank, mine in enumerate(ranks)
+        if not float((mine[name] - whole[name]).abs().max()) <= TOLERANCE * largest
+    }
+    if not wrong:
+        return ""
+    (name, rank), got = next(iter(wrong.items()))
+    start = f"rank {rank}: the {what} of {name} {tuple(got.shape)}"
+    return f"{start} {_explain(ranks, whole, name, rank, what)}"
+
+
+def _explain(ranks: Sequence[Tensors], whole: Tensors, name: str, rank: int, what: str) -> str:
+    got, wanted = ranks[rank][name], whole[name]
+    if not got.isfinite().all():
+        return "is not finite"
+    if not got.any():
+        return "is zero everywhere"
+    factors = [_factor(mine[name], wanted) for mine in ranks]
+    if factors[rank] is not None and factors.count(factors[rank]) == len(ranks):
+        return f"is {factors[rank]:.4g} times that of one process, on every rank" + _counts(factors[rank], len(ranks))
+    if factors[rank] is not None:
+        return f"is {factors[rank]:.4g} times that of one process, and other ranks have another factor"
+    if any(float((mine[name] - got).abs().max()) > 0 for mine in ranks):
+        return f"is not what the other ranks have: was this {what} reduced over the axis?"
+    off = float((got - wanted).abs().max() / wanted.abs().max())
+    return f"is the same on every rank, but off by {off:.1%} of what one process gets"
+
+
+def _factor(got: Tensor, wanted: Tensor) -> float | None:
+    """The number that `got` is a multiple of `wanted` by, if there is one."""
+    factor = float((got * wanted).sum() / (wanted * wanted).sum())
+    return factor if float((got - factor * wanted).abs().max()) <= 1e-9 * float(got.abs().max()) else None
+
+
+def _counts(factor: float, ranks: int) -> str:
+    """What a factor smells of."""
+    for number, cause in ((ranks, "summed over"), (1 / ranks, "divided once too often by")):
+        if abs(factor / number - 1) < 1e-6:
+            return f": {cause} the {ranks} ranks?"
+    return ""

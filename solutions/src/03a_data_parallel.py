@@ -1,0 +1,667 @@
+# %% [markdown] lang="en"
+# # 03a · Data parallelism: exercises
+#
+# Nine small functions, an hour or so. Together they are the data-parallel half of a training engine: by the end four
+# ranks on your machine train a GPT on Python's documentation, with gradients equal to those of one process to the
+# last bits of a float64.
+#
+# **How it works.** Each task is a cell with a function for you to finish, where it says
+# `raise NotImplementedError("your turn")`. The cell below it checks: run it after yours. It is silent about a right
+# answer but for one line, the one that is printed there already; about a wrong one it says what is wrong, and on
+# which rank. Tasks do not build on your earlier answers, so start anywhere.
+#
+# In a terminal, in the folder of the course:
+#
+#     python -m minipar grade exercises/03a_data_parallel.ipynb            # all tasks, a line each
+#     python -m minipar grade exercises/03a_data_parallel.ipynb --watch    # again at each save
+#     python -m minipar hint 03a.2                                         # one hint at a time
+#     python -m minipar solution 03a.2                                     # once it passes
+#
+# Only the cells with a function to finish are read by `grade`. Add cells of your own to try things out.
+
+# %% tags=["setup"]
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipar import Axis, Config, Mesh, World, connect, corpus, gpt, ledger
+from minipar.collectives import all_reduce, start_all_reduce
+from minipar.course.parity import difference
+from minipar.data import rows
+from minipar.transport import Pending
+
+world = World(4)
+
+# %% [markdown] lang="en"
+# What the tasks share: a GPT that is small enough for float64, its loss as a *sum* over tokens, eight rows of the
+# text, and what one process gets for a batch. `on_each_rank(f)` calls `f(axis)` on all four ranks, where `axis` is the
+# data axis: `axis.size` is 4, and `axis.index` is this rank's place on it, 0 to 3.
+
+
+# %% tags=["setup"]
+def fresh_model() -> nn.Module:
+    """The same GPT with the same weights, whoever calls."""
+    torch.manual_seed(0)
+    return gpt(Config(context=32, depth=2, width=32, heads=4)).double()
+
+
+def total_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, summed over the labeled tokens. A target of -100 is not labeled (padding). -> 0-d"""
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def on_each_rank(function: Callable, *args) -> list:
+    """What function(axis, *args) returns on rank 0, 1, 2, 3."""
+    return world.run(lambda: function(connect(Mesh(dp=4))["dp"], *args), limit=15)
+
+
+# %% tags=["setup"]
+tokens, targets = next(corpus.batches(steps=1, rows=8, context=32))  # each (8, 32)
+
+
+def one_process(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Gradients of the mean loss over all labeled tokens of the batch, by parameter name."""
+    model = fresh_model()
+    (total_loss(model, tokens, targets) / (targets != -100).sum()).backward()
+    return gradients(model)
+
+
+def my_gradients(axis: Axis, divide_by: int) -> nn.Module:
+    """The model after a backward over this rank's two rows of the eight; the loss is divided by a number."""
+    model = fresh_model()
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    (total_loss(model, mine, labels) / divide_by).backward()
+    return model
+
+
+# %% [markdown] lang="en"
+# ## 03a.1 · Trace: who loads what
+#
+# A step takes 10 rows of text, on 4 ranks. The share of rank $r$ begins at row $\lfloor 10\,r/4 \rfloor$ and ends
+# where the share of rank $r+1$ begins. In Python: `10 * r // 4`.
+#
+# Work out the row numbers of each rank, on paper. Do not write code for it: that is the next task.
+
+# %% [markdown] lang="en" hint="03a.1"
+# Rank 0 begins at row `10 * 0 // 4 = 0`, rank 1 at row `10 * 1 // 4 = 2`. So rank 0 has the rows 0 and 1.
+
+# %% [markdown] lang="en" hint="03a.1"
+# The shares begin at rows 0, 2, 5 and 7. The last one ends with row 9.
+
+
+# %% task="03a.1" title="Trace: who loads what"
+def rows_of_each_rank() -> list[list[int]]:
+    """10 rows on 4 ranks: the row numbers of rank 0, of rank 1, of rank 2, of rank 3."""
+    ### BEGIN SOLUTION
+    return [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
+    ### END SOLUTION
+
+
+# %% check="03a.1" seconds=20
+# NBVAL_CHECK_OUTPUT
+yours = [list(share) for share in rows_of_each_rank()]
+loaded = on_each_rank(lambda axis: rows(torch.arange(10), axis.size)[axis.index].tolist())
+assert len(yours) == 4, f"There are 4 ranks, and you give {len(yours)} lists: one list for each rank."
+for row in range(10):
+    owners = [rank for rank, share in enumerate(yours) if row in share]
+    assert owners, f"Row {row} is on no rank: it would never be learned from."
+    assert len(owners) == 1, f"Row {row} is on ranks {owners}: it would count {len(owners)} times."
+for rank in range(4):
+    first, end = 10 * rank // 4, 10 * (rank + 1) // 4
+    why = f"its share begins at row 10 * {rank} // 4 = {first} and ends before row 10 * {rank + 1} // 4 = {end}"
+    assert yours[rank] == loaded[rank], f"Rank {rank}: you give the rows {yours[rank]}, but {why}."
+print("rows per rank:", *map(len, loaded))
+
+# %% [markdown] lang="en"
+# ## 03a.2 · Complete: load your own rows
+#
+# Now as a function, for any number of rows. No row may be lost and none be on two ranks; and no rank should have two
+# rows more than another, since all wait for the slowest. Three rows on four ranks must work too: then one rank gets
+# an empty share, shape `(0, context)`.
+
+# %% [markdown] lang="en" hint="03a.2"
+# It is the formula of the task before, with `total` for 10, `axis.size` for 4 and `axis.index` for $r$.
+
+# %% [markdown] lang="en" hint="03a.2"
+# Multiply first, then divide: `total * axis.index // axis.size`. `(total // axis.size) * axis.index` loses the
+# remainder.
+
+
+# %% task="03a.2" title="Complete: load your own rows"
+def my_rows(batch: Tensor, axis: Axis) -> Tensor:
+    """This rank's share of a batch. (total, context) -> (its rows, context)"""
+    total = batch.size(0)
+    ### BEGIN SOLUTION
+    first = total * axis.index // axis.size
+    end = total * (axis.index + 1) // axis.size
+    ### END SOLUTION
+    return batch[first:end]
+
+
+# %% check="03a.2" seconds=20
+# NBVAL_CHECK_OUTPUT
+def share(axis, total):
+    batch = torch.arange(total)[:, None].expand(total, 32)  # each row holds its own number
+    return my_rows(batch, axis)
+
+
+sizes = {}
+for total in (8, 10, 3):
+    shares = on_each_rank(share, total)
+    sizes[total] = [len(s) for s in shares]
+    for rank, s in enumerate(shares):
+        assert s.shape[1:] == (32,), f"{total} rows, rank {rank}: the shape is {tuple(s.shape)}, not (its rows, 32)."
+    for row in range(total):
+        owners = [rank for rank, s in enumerate(shares) if row in s]
+        assert owners, f"{total} rows on 4 ranks, shares of {sizes[total]}: row {row} is on no rank."
+        assert len(owners) == 1, f"{total} rows on 4 ranks: row {row} is on ranks {owners}, so it counts twice."
+    spread = max(sizes[total]) - min(sizes[total])
+    assert spread <= 1, f"{total} rows on 4 ranks: shares of {sizes[total]} rows. The others wait for the largest."
+print("sizes of shares:", {total: sorted(s) for total, s in sizes.items()})
+
+# %% [markdown] lang="en"
+# ## 03a.3 · Write: average the gradients
+#
+# Each rank has run forward and backward on its own two rows, with the mean loss over *its* tokens. All ranks have
+# equally many tokens here, so the gradient of the whole batch is the mean of the ranks' gradients. Bring it to every
+# rank, parameter by parameter.
+#
+# `all_reduce(x, axis)` returns the sum of every rank's `x`, a new tensor, and leaves `x` alone.
+
+# %% [markdown] lang="en" hint="03a.3"
+# Loop over the parameters. Each has its gradient in `.grad`, with the shape of the parameter.
+
+# %% [markdown] lang="en" hint="03a.3"
+# `all_reduce` returns a new tensor: assign it, `p.grad = ...`. It sums, and you want the mean: there are `axis.size`
+# ranks.
+
+
+# %% task="03a.3" title="Write: average the gradients"
+def average_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
+    """Replace each .grad by its mean over the ranks, with one all_reduce for each parameter."""
+    ### BEGIN SOLUTION
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis) / axis.size
+    ### END SOLUTION
+
+
+# %% check="03a.3" seconds=20
+# NBVAL_CHECK_OUTPUT
+def averaged(axis):
+    model = my_gradients(axis, divide_by=2 * 32)  # two rows of 32 tokens
+    with ledger() as book:
+        average_gradients(model.parameters(), axis)
+    return gradients(model), book.calls("dp")
+
+
+answers = on_each_rank(averaged)
+wrong = difference([got for got, _ in answers], one_process(tokens, targets))
+assert not wrong, f"After average_gradients, {wrong}."
+calls, parameters = answers[0][1], len(list(fresh_model().parameters()))
+assert calls == parameters, f"{calls} all_reduce calls for {parameters} parameters: one for each is enough."
+print(f"{calls} calls for {parameters} parameters, gradients equal to one process")
+
+# %% [markdown] lang="en"
+# ## 03a.4 · Write: a mean of means is not the mean
+#
+# Now the texts have different lengths. What is missing at the end of a row is padding, labeled -100, and does not
+# count. If each rank divides by *its* number of tokens and you average, a token on a rank with few of them weighs
+# more than one on a full rank. With 60 tokens on one rank and 20 on another, three times as much. Nothing crashes,
+# the loss falls, and the model is another one.
+#
+# Every token should weigh $1/N$, with $N$ the number of labeled tokens on **all** ranks. From here on, gradients are
+# *summed* over the ranks, and the division is done where the loss is made.
+
+# %% [markdown] lang="en" hint="03a.4"
+# This rank knows its own `count`. How does it learn the sum of all counts?
+
+# %% [markdown] lang="en" hint="03a.4"
+# The gradient of a sum is the sum of gradients: $\nabla \frac{\sum_r L_r}{N} = \sum_r \nabla \frac{L_r}{N}$. So each
+# rank divides its own total $L_r$ by the global $N$. There is no average left to take.
+
+
+# %% task="03a.4" title="Write: a mean of means is not the mean"
+def my_part_of_the_loss(total: Tensor, count: Tensor, axis: Axis) -> Tensor:
+    """What this rank calls backward on, so that gradients *summed* over the ranks are those of the global mean.
+
+    total: 0-d, the loss summed over this rank's labeled tokens. count: 0-d int64, the number of those tokens.
+    """
+    ### BEGIN SOLUTION
+    return total / all_reduce(count, axis)
+    ### END SOLUTION
+
+
+# %% check="03a.4" seconds=20
+# NBVAL_CHECK_OUTPUT
+def padded(lengths):
+    return targets.masked_fill(torch.arange(32) >= torch.tensor(lengths)[:, None], -100)
+
+
+def summed(axis, targets):
+    model, labels = fresh_model(), rows(targets, axis.size)[axis.index]
+    total = total_loss(model, rows(tokens, axis.size)[axis.index], labels)
+    part = my_part_of_the_loss(total, (labels != -100).sum(), axis)
+    assert isinstance(part, Tensor) and part.shape == (), "my_part_of_the_loss returns a 0-d tensor"
+    part.backward()
+    return {name: all_reduce(grad, axis) for name, grad in gradients(model).items()}
+
+
+for case, lengths in {
+    "equal lengths": [32] * 8,
+    "rows of different lengths": [32, 28, 20, 4, 6, 1, 2, 17],
+    "no labeled token on rank 3": [32, 28, 20, 4, 6, 1, 0, 0],
+}.items():
+    wrong = difference(on_each_rank(summed, padded(lengths)), one_process(tokens, padded(lengths)))
+    assert not wrong, f"With {case}, {wrong}."
+print("every token weighs the same:", case)
+
+# %% [markdown] lang="en"
+# ## 03a.5 · Write: one call for all gradients
+#
+# Each call has a cost of its own, however little it sends: on a network tens of microseconds, times thousands of
+# parameters. So put all gradients side by side in one flat tensor, reduce that, and take it apart again.
+
+# %% [markdown] lang="en" hint="03a.5"
+# `torch.cat([p.grad.flatten() for p in parameters])` is 1-d, with `sum(p.numel())` elements.
+
+# %% [markdown] lang="en" hint="03a.5"
+# `flat.split([p.numel() for p in parameters])` cuts it again, in the same order; `part.view_as(p)` has the shape of
+# the parameter.
+
+
+# %% task="03a.5" title="Write: one call for all gradients"
+def reduce_flat(parameters: list[nn.Parameter], axis: Axis) -> None:
+    """Replace each .grad by its *sum* over the ranks, with a single all_reduce."""
+    ### BEGIN SOLUTION
+    flat = all_reduce(torch.cat([p.grad.flatten() for p in parameters]), axis)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+    ### END SOLUTION
+
+
+# %% check="03a.5" seconds=20
+# NBVAL_CHECK_OUTPUT
+def flat(axis):
+    model = my_gradients(axis, divide_by=8 * 32)  # the whole batch: gradients are summed
+    with ledger() as book:
+        reduce_flat(list(model.parameters()), axis)
+    return gradients(model), book.calls("dp"), book.bytes("dp")
+
+
+answers = on_each_rank(flat)
+wrong = difference([answer[0] for answer in answers], one_process(tokens, targets))
+assert not wrong, f"After reduce_flat, {wrong}."
+_, calls, sent = answers[0]
+assert calls == 1, f"The gradients are right, but {calls} calls were made: one all_reduce of the flat tensor is enough."
+print(f"{calls} call, {sent:,} bytes sent by each rank")
+
+# %% [markdown] lang="en"
+# ## 03a.6 · Predict: how many bytes
+#
+# An all-reduce on a ring has two halves. In the first, a *reduce-scatter*, the tensor is cut into as many chunks as
+# there are ranks, and in $n-1$ steps each rank passes one chunk to its right, adding as it goes. In the second, an
+# *all-gather*, the finished chunks go around once more, again $n-1$ steps of one chunk each.
+#
+# How many bytes does one rank send in all? Predict it; the check compares with the ledger of real ranks.
+
+# %% [markdown] lang="en" hint="03a.6"
+# How many steps does one rank take, in both halves together, and how large is one chunk?
+
+# %% [markdown] lang="en" hint="03a.6"
+# $2\,(n-1)$ steps, each with a chunk of $M/n$ bytes, where $M$ is `numbers * bytes_each`.
+
+
+# %% task="03a.6" title="Predict: how many bytes"
+def ring_bytes(numbers: int, bytes_each: int, ranks: int) -> float:
+    """Bytes that one rank sends in a ring all-reduce of a tensor of `numbers` elements."""
+    ### BEGIN SOLUTION
+    return 2 * (ranks - 1) / ranks * numbers * bytes_each
+    ### END SOLUTION
+
+
+# %% check="03a.6" seconds=20
+# NBVAL_CHECK_OUTPUT
+def sent(numbers, dtype, mesh):
+    with ledger() as book:
+        all_reduce(torch.ones(numbers, dtype=dtype), connect(mesh)["dp"])
+    return book.bytes("dp")
+
+
+for dtype, n in [(torch.float32, 4), (torch.float64, 4), (torch.float32, 2), (torch.float32, 1)]:
+    yours, size = ring_bytes(59_264, dtype.itemsize, n), dtype.itemsize
+    real = world.run(sent, 59_264, dtype, Mesh(dp=n, tp=4 // n), limit=15)[0]
+    mistakes = {
+        59_264 * 2 * (n - 1) / n: "That counts elements: a byte is smaller.",
+        size * 59_264 * (n - 1) / n: "That is one half of it: after the reduce-scatter comes the all-gather.",
+        size * 59_264 * 2: "Each rank keeps one chunk at home: n-1 steps, not n.",
+        size * 59_264 * 2 * (n - 1): "What travels in a step is one chunk, not the whole tensor.",
+        size * 59_264 * (n - 1): "That is each rank sending all it has to all others: a ring does better.",
+    }
+    hint = mistakes.get(yours, "") if yours != real else ""
+    what = f"59,264 elements of {dtype} on {n} rank{'s' * (n > 1)}"
+    assert abs(yours - real) < 1, f"{what}: you predict {yours:,.0f} bytes, a rank sends {real:,}. {hint}"
+print("59,264 float32 on 4 ranks:", f"{ring_bytes(59_264, 4, 4):,.0f} bytes sent by each")
+
+# %% [markdown] lang="en"
+# ## 03a.7 · Complete: send while backward still runs
+#
+# Backward finishes the last layer's gradients first. Those could travel while the earlier layers still compute. So
+# cut the parameters into *buckets*, from the back of the model, and start a bucket's all-reduce when its last
+# gradient is there. PyTorch calls a hook for each parameter when its gradient has been added up.
+#
+# Two things make it tricky. A step may have several microbatches, whose gradients add up in `.grad`: only during the
+# last one's backward are they final. And the hooks stay for the next step.
+#
+# `start_all_reduce(flat, axis)` starts the sum, in place, and returns at once.
+
+
+# %% tags=["setup"]
+def make_buckets(model: nn.Module, number: int) -> list[tuple[list[nn.Parameter], Tensor]]:
+    """Parameters from the back of the model, each group with the flat tensor of which its .grad are views."""
+    parameters = list(model.parameters())[::-1]
+    cut = [len(parameters) * i // number for i in range(number + 1)]
+    buckets = []
+    for group in (parameters[a:b] for a, b in zip(cut, cut[1:], strict=False)):
+        flat = torch.zeros(sum(p.numel() for p in group), dtype=group[0].dtype)
+        for p, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+            p.grad = part.view_as(p)
+        buckets.append((group, flat))
+    return buckets
+
+
+# %% [markdown] lang="en" hint="03a.7"
+# `ready(p)` is called in every microbatch, for every parameter of the bucket. While `is_last()` is false there is
+# nothing to do.
+
+# %% [markdown] lang="en" hint="03a.7"
+# In the last microbatch, take `p` out of `missing`. When `missing` is empty, the bucket is complete: start its
+# all-reduce, and append what it returns to `launched`.
+
+# %% [markdown] lang="en" hint="03a.7"
+# After the launch `missing` is empty, and in the next step it has to be full again: `missing.update(bucket)`.
+
+
+# %% task="03a.7" title="Complete: send while backward still runs"
+def launch_early(
+    bucket: list[nn.Parameter],
+    flat: Tensor,  # the gradients of the bucket, 1-d
+    axis: Axis,
+    is_last: Callable[[], bool],  # is this the backward of the step's last microbatch?
+    launched: list[Pending],  # append here what start_all_reduce returns
+) -> None:
+    """Once before training: have the bucket's all-reduce start, in each step, when its last gradient is there."""
+    missing = set(bucket)
+
+    def ready(p: nn.Parameter) -> None:  # p.grad has been added to
+        ### BEGIN SOLUTION
+        if is_last():
+            missing.remove(p)
+            if not missing:
+                launched.append(start_all_reduce(flat, axis))
+                missing.update(bucket)
+        ### END SOLUTION
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% tags=["setup"]
+def train_overlapped(axis: Axis, launch_early: Callable) -> list[dict]:
+    """Two steps of two microbatches with three buckets. For each step: calls, calls seen from inside, gradients."""
+    model, state, launched, early = fresh_model(), {"last": False}, [], []
+    buckets = make_buckets(model, 3)
+    for bucket, flat in buckets:
+        launch_early(bucket, flat, axis, lambda: state["last"], launched)
+    embedding = model.embed.token.weight  # backward comes to it last
+    embedding.register_hook(lambda grad: early.append(len(launched)) if state["last"] else None)
+    steps = []
+    for _ in range(2):
+        with ledger() as book:
+            for i in range(2):  # this rank's two rows, one at a time
+                state["last"] = i == 1
+                row = 2 * axis.index + i
+                (total_loss(model, tokens[row : row + 1], targets[row : row + 1]) / (8 * 32)).backward()
+        for pending in launched:
+            pending.wait()
+        got = {name: p.grad.clone() for name, p in model.named_parameters()}
+        steps.append({"calls": book.calls("dp"), "early": early[-1], "gradients": got})
+        launched.clear()
+        for _, flat in buckets:
+            flat.zero_()
+    return steps
+
+
+# %% check="03a.7" seconds=20
+# NBVAL_CHECK_OUTPUT
+ranks = on_each_rank(train_overlapped, launch_early)
+for step in range(2):
+    calls, early = ranks[0][step]["calls"], ranks[0][step]["early"]
+    when = f"Step {step + 1}, three buckets, two microbatches: {calls} calls"
+    assert calls or not step, f"{when}. Step 1 had {ranks[0][0]['calls']}: did `missing` stay empty after it?"
+    assert calls, f"{when}. Nothing was ever sent: when is a bucket complete?"
+    assert calls != 6, f"{when}. Each bucket was sent in each microbatch: wait for the last one."
+    assert calls <= 3, f"{when}. Send a bucket once, when *all* its gradients are there, not for each parameter."
+    wrong = difference([rank[step]["gradients"] for rank in ranks], one_process(tokens, targets))
+    assert not wrong, f"{when}. {wrong[0].upper() + wrong[1:]}. Was a bucket sent before it was complete?"
+    assert calls == 3, f"{when}. One for each bucket should be made."
+    assert early == 2, f"{when}, {early} of them started before backward came to the embedding: 2 buckets are complete."
+print(f"{calls} calls a step, {early} of them before backward is through")
+
+# %% [markdown] lang="en"
+# ## 03a.8 · Write and predict: merge the updates instead?
+#
+# There is another way to keep the ranks together. Each takes an optimizer step on its **own** gradients; then the
+# *weights* are averaged. It sends as much, and needs no hook in backward. Does it give the weights that averaged
+# gradients give? Write it, and predict for each optimizer. Then think about why: what must an update be, as a function
+# of the gradient, for the mean of the updates to be the update of the mean?
+
+# %% [markdown] lang="en" hint="03a.8"
+# Weights are changed under `with torch.no_grad():`, for example with `p.copy_(...)`.
+
+# %% [markdown] lang="en" hint="03a.8"
+# SGD's update is $-\eta g$. It is *linear* in $g$: the mean of $-\eta g_r$ is $-\eta$ times the mean of $g_r$. Momentum
+# adds up past gradients with fixed weights. Adam divides by the square root of a mean of squares.
+
+# %% [markdown] lang="en" hint="03a.8"
+# Clipping divides by the norm of the gradient, if that is too large. The ranks' norms differ, so they divide by
+# different numbers.
+
+
+# %% task="03a.8" title="Write and predict: merge the updates instead?"
+def merge_updates(model: nn.Module, optimizer: torch.optim.Optimizer, axis: Axis) -> None:
+    """Step on this rank's own gradients, then replace every parameter by its mean over the ranks."""
+    ### BEGIN SOLUTION
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis) / axis.size)
+    ### END SOLUTION
+
+
+def same_weights() -> dict[str, bool]:
+    """Does merging updates give the same weights as merging gradients? True or False for each:
+    "SGD", "SGD with momentum", "SGD, clipped", "Adam"."""
+    ### BEGIN SOLUTION
+    return {"SGD": True, "SGD with momentum": True, "SGD, clipped": False, "Adam": False}
+    ### END SOLUTION
+
+
+# %% tags=["setup"]
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "SGD, clipped": lambda p: torch.optim.SGD(p, lr=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+}
+
+
+def weights_after(axis: Axis, optimizer: str, merge: Callable | None) -> dict[str, Tensor]:
+    """The weights after three steps. Without `merge`, gradients are averaged, and then all ranks step alike."""
+    model = fresh_model()
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    for step in range(3):
+        rows = slice(2 * axis.index, 2 * axis.index + 2)
+        model.zero_grad()
+        (total_loss(model, tokens[rows].roll(step, 1), targets[rows].roll(step, 1)) / 64).backward()
+        if merge is None:
+            for p in model.parameters():
+                p.grad = all_reduce(p.grad, axis) / axis.size
+        if optimizer == "SGD, clipped":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        merge(model, stepper, axis) if merge else stepper.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# %% check="03a.8" seconds=30
+# NBVAL_CHECK_OUTPUT
+start = {name: p.detach() for name, p in fresh_model().named_parameters()}
+predicted = same_weights()
+for name in OPTIMIZERS:
+    assert name in predicted, f"same_weights() says nothing about {name!r}."
+    by_gradients = on_each_rank(weights_after, name, None)[0]
+    by_updates = on_each_rank(weights_after, name, merge_updates)
+    moved = max(float((by_updates[0][p] - start[p]).abs().max()) for p in start)
+    assert moved, f"{name}: after three steps no weight has moved: merge_updates takes the optimizer's step."
+    for rank in range(1, 4):
+        apart = [p for p in start if not torch.equal(by_updates[rank][p], by_updates[0][p])]
+        assert not apart, (
+            f"{name}: rank {rank} has other weights than rank 0, {apart[0]} first. Average after the step."
+        )
+    wrong = difference(by_updates, by_gradients, "value")
+    assert name != "SGD" or not wrong, f"For plain SGD both must agree, but {wrong}."
+    assert name != "Adam" or wrong, (
+        "With Adam you get exactly what averaged gradients give: average weights, after the step."
+    )
+    measured = "differ" if wrong else "are equal"
+    assert predicted[name] == (not wrong), (
+        f"{name}: you predict {predicted[name]}, but after three steps weights {measured}."
+    )
+print("same weights:", ", ".join(name for name in OPTIMIZERS if predicted[name]))
+
+# %% [markdown] lang="en"
+# ## 03a.9 · Mend: the bug that a loss curve hides
+#
+# This step cuts a rank's rows into microbatches, to save memory. It has trained models for months, and its loss curve
+# lies exactly on the one of a single process. Yet it breaks a law. The cell after it compares it with one process, in
+# four ways: run that, read, and say which law fails. Then mend the step. Real repositories have had this bug for
+# years.
+#
+# (If the curve looks right, what is it to you? Your learning rate does not mean what you think, weight decay and
+# clipping work at another strength than you set, and plain SGD goes astray.)
+
+# %% [markdown] lang="en" hint="03a.9"
+# Run the cell below the step and look at its four lines. One of them differs by a round number.
+
+# %% [markdown] lang="en" hint="03a.9"
+# The gradients are `microbatches` times too large: `.backward()` *adds* to `.grad`, and each microbatch divides by its
+# own number of tokens. Adam does not care for the size of a gradient, so its loss curve does not show it.
+
+# %% [markdown] lang="en" hint="03a.9"
+# Dividing by `microbatches` is not enough where padding makes them unequal: that is a mean of means again. Divide by
+# the number of labeled tokens of the whole step, on all ranks, counted before the loop.
+
+
+# %% task="03a.9" title="Mend: the bug that a loss curve hides"
+def broken_law() -> str:
+    """Which line of the evidence is wrong: "loss", "gradients", "calls" or "bytes"?"""
+    ### BEGIN SOLUTION
+    return "gradients"
+    ### END SOLUTION
+
+
+def train_step(model: nn.Module, tokens: Tensor, targets: Tensor, axis: Axis, microbatches: int) -> Tensor:
+    """Set .grad to the gradients of the global mean loss over this batch. Returns that loss, 0-d."""
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    shown = torch.zeros((), dtype=torch.float64)
+    ### BEGIN SOLUTION
+    count = all_reduce((labels != -100).sum(), axis)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach()
+    ### INSTEAD
+    # for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
+    #     count = all_reduce((y != -100).sum(), axis)
+    #     loss = total_loss(model, x, y) / count
+    #     loss.backward()
+    #     shown += loss.detach() / microbatches
+    ### END SOLUTION
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    return all_reduce(shown, axis)
+
+
+# %% tags=["setup"]
+def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int) -> dict:
+    """Ten steps of Adam on the eight rows. Losses, gradients, calls and bytes of the first step."""
+    model, losses = fresh_model(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for i in range(10):
+        with ledger() as book:
+            losses.append(step(model, tokens, targets, axis, microbatches).item())
+        if i == 0:
+            first = {"gradients": gradients(model), "calls": book.calls("dp"), "bytes": book.bytes("dp")}
+        optimizer.step()
+    return first | {"losses": losses}
+
+
+# %%
+run = on_each_rank(train, train_step, targets, 2)[0]
+alone = on_each_rank(train, train_step, targets, 1)[0]
+name, count = "blocks.0.mlp.up.weight", len(list(fresh_model().parameters()))
+print("             two microbatches    one")
+print(
+    f"loss         {run['losses'][0]:.6f} to {run['losses'][-1]:.6f}    {alone['losses'][0]:.6f} to {alone['losses'][-1]:.6f}"
+)
+print(f"gradients    {run['gradients'][name].norm():.6f}    {alone['gradients'][name].norm():.6f}    (norm of {name})")
+print(f"calls        {run['calls']}    {alone['calls']}    ({count} parameters, the loss, and the counts)")
+print(f"bytes        {run['bytes']:,}    {alone['bytes']:,}")
+
+# %% check="03a.9" seconds=30
+# NBVAL_CHECK_OUTPUT
+law = broken_law()
+assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
+assert law == "gradients", f"{law!r} is as it should be: which line has a number that is twice the other?"
+short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
+for case, labels in {"full rows": targets, "rows of different lengths": short}.items():
+    whole = one_process(tokens, labels)
+    for microbatches in (1, 2):
+        answers = on_each_rank(train, train_step, labels, microbatches)
+        wrong = difference([answer["gradients"] for answer in answers], whole)
+        assert not wrong, f"{case}, {microbatches} microbatches: {wrong}."
+    expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
+    off = answers[0]["losses"][0] - expected
+    assert abs(off) < 1e-9, f"{case}: the gradients are right, but the loss that is returned is off by {off:.3g}."
+print(f"law mended: {law}, full rows and padded ones")
+
+# %% [markdown] lang="en"
+# ## All together
+#
+# Your pieces, at work: rows, parts of the loss, one flat call, four ranks. It runs once tasks 2, 4 and 5 are done.
+# What is left for the engine in `minipar/data.py` is your task 7, with views in place of copies.
+
+
+# %% tags=["raises-exception"]
+def your_training(axis, steps):
+    model, losses = fresh_model(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for tokens, targets in corpus.batches(steps, rows=10, context=32):
+        mine, labels = my_rows(tokens, axis), my_rows(targets, axis)
+        model.zero_grad()
+        part = my_part_of_the_loss(total_loss(model, mine, labels), (labels != -100).sum(), axis)
+        part.backward()
+        reduce_flat(list(model.parameters()), axis)
+        optimizer.step()
+        losses.append(all_reduce(part.detach(), axis).item())
+    return losses
+
+
+losses = on_each_rank(your_training, 40)[0]
+print("loss:", *(f"{loss:.2f}" for loss in losses[::5]))
