@@ -1,0 +1,147 @@
+"""What the tests of the laws share: one process to compare with, and the comparison. Ranks import it, so it is small."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minipar
+from minipar import Config, Mesh
+
+LEARNING_RATE = 0.5
+
+
+def model_of(config: Config, seed: int = 0) -> nn.Module:
+    """A small GPT in float64, away from its initial point, where some gradients are close to nothing."""
+    torch.manual_seed(seed)
+    return stirred(minipar.gpt(config).double())
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def batch_of(config: Config, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets. Some rows have few labels that count, one of them none: a mean of means is wrong."""
+    draw = torch.Generator().manual_seed(1)
+    tokens, targets = (torch.randint(config.vocab, (rows, length), generator=draw) for _ in range(2))
+    ignored = torch.arange(length) < (7 * torch.arange(rows)[:, None]) % (length + 1)
+    return tokens, targets.masked_fill(ignored, -100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of one model."""
+
+    mesh: Mesh
+    config: Config
+    schedule: Callable[..., Any] = minipar.one_f_one_b
+    microbatches: int = 1
+    sequence: bool = False
+    rows: int = 8
+    length: int = 8
+
+    def __str__(self) -> str:
+        marks = ["sequence"] * self.sequence + ["tied"] * self.config.tied
+        return " ".join([str(self.mesh), self.schedule.__name__, *marks])
+
+    def lay_out(self, model: nn.Module, **options: Any) -> Any:
+        """The model on this case's mesh; called on a rank."""
+        return minipar.parallelize(
+            model,
+            self.mesh,
+            schedule=self.schedule,
+            microbatches=self.microbatches,
+            sequence_parallel=self.sequence,
+            **options,
+        )
+
+
+@dataclass
+class Answer:
+    """What one step gave: the loss, the gradients, and what plain SGD made of the weights."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    after: dict[str, Tensor]
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def mean_cross_entropy(output: Any, targets: Tensor) -> Tensor:
+    """torch's own, over the labels that count."""
+    logits = getattr(output, "logits", output)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def alone(model: nn.Module, inputs: Any, targets: Any, loss: Callable[..., Tensor] = mean_cross_entropy) -> Answer:
+    """One step of plain torch in one process. Changes the model."""
+    value = loss(model(**inputs) if isinstance(inputs, dict) else model(inputs), targets)
+    value.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
+    torch.optim.SGD(trained.values(), LEARNING_RATE).step()
+    return Answer(value.item(), gradients, {key: x.detach().clone() for key, x in model.state_dict().items()})
+
+
+def laid_out(parallel: Any, inputs: Any, targets: Any = None, **options: Any) -> Answer:
+    """The same step over the mesh; every rank gets the whole answer."""
+    loss = parallel.step(inputs, targets, **options)
+    gradients = parallel.full_gradients()
+    torch.optim.SGD(parallel.parameters(), LEARNING_RATE).step()
+    return Answer(loss.item(), gradients, parallel.full_state_dict())
+
+
+def broken_laws(got: Answer, wanted: Answer, before: dict[str, Tensor]) -> dict[str, str]:
+    """Law -> what is wrong with it; empty if all is well. before: the weights that the step began with."""
+    problems = {}
+    if not abs(got.loss - wanted.loss) <= 1e-12 * abs(wanted.loss):
+        problems["loss"] = f"{got.loss!r} for {wanted.loss!r}"
+    if wrong := differences(got.gradients, wanted.gradients):
+        problems["gradients"] = wrong
+    if got.after.keys() != wanted.after.keys():
+        problems["step"] = f"keys differ: {sorted(got.after.keys() ^ wanted.after.keys())}"
+    # Weights are rounded, so a small change of a large weight is not exact: compare parameters that move.
+    elif wrong := differences(changes(got.after, before), changes(wanted.after, before), smallest=1e-4):
+        problems["step"] = wrong
+    return problems
+
+
+def changes(after: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: after[name] - before[name] for name in after if after[name].is_floating_point()}
+
+
+def differences(got: dict[str, Tensor], wanted: dict[str, Tensor], smallest: float = 1e-9) -> str:
+    """How gradients break the law, or "": no element is off by more than 1e-12 of the model's largest, and no
+    parameter by more than 1e-10 of its own norm, unless that is below `smallest` of the largest."""
+    if got.keys() != wanted.keys():
+        return f"keys differ: {sorted(got.keys() ^ wanted.keys())}"
+    largest = max(y.abs().max().item() for y in wanted.values())
+    wrong = []
+    for name, y in wanted.items():
+        if got[name].shape != y.shape:
+            wrong.append(f"{name} has shape {tuple(got[name].shape)} for {tuple(y.shape)}")
+            continue
+        off, norm = got[name] - y, y.norm().item()
+        if not off.abs().max().item() <= 1e-12 * largest:
+            wrong.append(f"{name} is off by {off.abs().max().item() / largest:.1e} of the largest gradient")
+        elif norm > smallest * largest and not off.norm().item() <= 1e-10 * norm:
+            wrong.append(f"{name} is off by {off.norm().item() / norm:.1e} of its norm")
+    return f"{len(wrong)} of {len(wanted)} parameters: {'; '.join(wrong[:3])}" if wrong else ""
+
+
+@contextmanager
+def double_precision():
+    """Some models compute parts in float32 on purpose; here they do it in float64, so that parity is to rounding."""
+    single, to_single = torch.float32, Tensor.float
+    torch.float32, Tensor.float = torch.float64, Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, Tensor.float = single, to_single
