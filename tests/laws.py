@@ -1,4 +1,4 @@
-"""What the tests of the laws share: one process to compare with, and the comparison. Ranks import it, so it is small."""
+"""What the tests of the laws share: one process to compare with, and the comparison. Ranks import it: keep it small."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
