@@ -1,9 +1,11 @@
 """What this machine offers to minipar, and whether ranks on it can talk."""
 
+import argparse
 import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -12,9 +14,19 @@ import torch.distributed as dist
 from .rank import LOOPBACK, here
 from .world import World
 
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
 RANKS = 4
 NUMBERS = 1 << 18  # float32: 1 MiB
 LEAST_MEMORY = 2 << 30  # bytes
+
+
+def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `doctor`."""
+    parser = commands.add_parser("doctor", help="say what this machine offers and whether ranks on it can talk")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="where the ranks' tensors are")
+    parser.set_defaults(run=lambda options: 0 if doctor(options.device) else 1)
 
 
 def doctor(device: str | None = None) -> bool:
@@ -45,9 +57,7 @@ def _ranks_talk(device: str | None) -> bool:
     """Start a world, let its ranks add up numbers, and print how long it took or why it did not work."""
     try:
         ready = []
-        for _ in range(
-            2
-        ):  # the first also starts the server that the ranks of every later one are forked from
+        for _ in range(2):  # the first also starts the server that the ranks of every later one are forked from
             start = time.perf_counter()
             with World(RANKS, device=device) as world:
                 world.run(here)

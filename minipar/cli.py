@@ -1,0 +1,235 @@
+"""`python -m minipar train`: the small GPT learns Python's documentation on any mesh."""
+
+import argparse
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import corpus, world
+from .mesh import Mesh
+from .model import Config, gpt
+from .rank import here
+from .schedule import gpipe, one_f_one_b
+from .tensor import cross_entropy
+from .train import parallelize
+from .world import RankError
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
+CLOSE = 1e-9  # of the largest gradient; rounding in float64 stays far below, also after many steps
+PROMPT, NEW_TOKENS = "The ", 48
+
+
+# -- options ---------------------------------------------------------------------------------------------------
+
+
+def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `train`."""
+    parser = commands.add_parser(
+        "train",
+        help="train the small GPT on any mesh",
+        description="Train the small GPT on Python's documentation. The dp x pp x tp ranks are started here, or are "
+        "torchrun's: torchrun --nproc-per-node 8 -m minipar train --dp 2 --pp 2 --tp 2",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    whole, real = partial(_number, int, 1), partial(_number, float, 0)
+    shape = Config()
+
+    layout = parser.add_argument_group("layout")
+    layout.add_argument("--dp", type=whole, default=1, metavar="N", help="data-parallel ranks")
+    layout.add_argument("--pp", type=whole, default=1, metavar="N", help="pipeline stages")
+    layout.add_argument("--tp", type=whole, default=1, metavar="N", help="tensor-parallel ranks")
+    layout.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="order of the pipeline's work")
+    layout.add_argument("--microbatches", type=whole, default=4, metavar="N", help="parts of a data rank's rows")
+    layout.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between tensor layers")
+    layout.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="where the tensors are")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--depth", type=whole, default=shape.depth, metavar="N", help="blocks")
+    model.add_argument("--width", type=whole, default=shape.width, metavar="N", help="hidden size")
+    model.add_argument("--heads", type=whole, default=shape.heads, metavar="N", help="attention heads")
+    model.add_argument("--context", type=whole, default=shape.context, metavar="N", help="tokens in a row")
+    model.add_argument("--tied", action="store_true", help="the head uses the embedding's weight")
+    model.add_argument("--dropout", type=real, default=shape.dropout, metavar="P", help="probability, P < 1")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--steps", type=whole, default=50, metavar="N", help="steps of AdamW")
+    run.add_argument("--rows", type=whole, default=16, metavar="N", help="rows of the global batch")
+    run.add_argument("--lr", type=real, default=1e-3, metavar="X", help="learning rate")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and dropout")
+    run.add_argument("--check", action="store_true", help="compare all gradients with one process, in float64")
+    run.add_argument("--trace", type=Path, metavar="FILE", help="write the last step for ui.perfetto.dev")
+    parser.set_defaults(run=train)
+
+
+def _number(kind: type, least: int, text: str) -> Any:
+    """An argparse type."""
+    with suppress(ValueError):
+        if (value := kind(text)) >= least:
+            return value
+    what = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}, at least {least}")
+
+
+# -- the process that is asked ---------------------------------------------------------------------------------
+
+
+Where = tuple[tuple[str, int], bytes]  # address and key of a listener on this machine
+
+
+@dataclass(frozen=True)
+class Report:
+    """What rank 0 tells at the end. difference: of the gradients from one process's; None without --check."""
+
+    losses: list[float]
+    tokens_per_second: float
+    difference: float | None
+    text: str  # what the trained model makes of PROMPT
+
+
+def train(options: argparse.Namespace) -> int:
+    """Run the ranks, show their progress and what came of it. Returns the exit code."""
+    settings = {name: value for name, value in vars(options).items() if name != "run"}
+    key = secrets.token_bytes(16)
+    try:
+        mesh, config = _shapes(options)
+        with Listener(("127.0.0.1", 0), authkey=key) as listener:
+            bar = threading.Thread(target=_show_progress, args=(listener, options.steps), daemon=True)
+            bar.start()
+            answers = world.main(
+                _train, mesh, config, settings, (listener.address, key), ranks=mesh.size, device=options.device
+            )
+            if refused := [answer for answer in answers if isinstance(answer, ValueError)]:
+                raise refused[0]
+            for report in [answer for answer in answers if isinstance(answer, Report)]:
+                bar.join()
+                return _tell(mesh, report)
+    except ValueError as error:
+        print(f"python -m minipar train: {error}", file=sys.stderr)
+        return 2
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0  # under torchrun: another process has rank 0 and tells
+
+
+def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
+    """What the options describe. Raises ValueError for what does not fit, before any rank is started."""
+    parts = options.dp * options.microbatches
+    if options.rows < parts:
+        what = f"dp={options.dp} x {options.microbatches} microbatches"
+        raise ValueError(f"--rows {options.rows} is too few for {what}: at least {parts}")
+    if options.check and options.dropout:
+        raise ValueError("--check fits --dropout 0 only: what is dropped depends on the layout")
+    if options.trace and (options.trace.is_dir() or not os.access(options.trace.absolute().parent, os.W_OK)):
+        raise ValueError(f"--trace {options.trace}: it must be a file in a folder that can be written to")
+    corpus.batches(options.steps, options.rows, options.context)
+    shape = {name: getattr(options, name) for name in ("context", "depth", "width", "heads", "tied", "dropout")}
+    return Mesh(dp=options.dp, pp=options.pp, tp=options.tp), Config(vocab=corpus.VOCAB, **shape)
+
+
+def _show_progress(listener: Listener, steps: int) -> None:
+    """A bar that rank 0 moves. What ranks print gets here line by line, so a bar cannot be drawn there."""
+    with suppress(OSError, EOFError), listener.accept() as rank, tqdm(total=steps, dynamic_ncols=True) as bar:
+        while True:
+            loss, speed = rank.recv()
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+def _tell(mesh: Mesh, report: Report) -> int:
+    steps, speed = len(report.losses), report.tokens_per_second
+    print(f"{mesh}: loss {report.losses[0]:.4f} -> {report.losses[-1]:.4f} in {steps} steps, {speed:,.0f} tokens/s")
+    print(f"it writes: {report.text}")
+    if report.difference is None:
+        return 0
+    equal = report.difference <= CLOSE
+    print(
+        f"check: {'equal' if equal else 'NOT EQUAL'}. In {steps} steps no gradient is farther from one "
+        f"process's than {report.difference:.1e} of the largest (float64)."
+    )
+    return 0 if equal else 1
+
+
+# -- the ranks -------------------------------------------------------------------------------------------------
+
+
+def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -> Report | ValueError | None:
+    """On every rank: train. Rank 0 tells how it goes, the others answer nothing; all answer what does not fit."""
+    options = argparse.Namespace(**settings)
+    torch.manual_seed(options.seed)
+    alone = gpt(config).to(here().device, torch.float64 if options.check else torch.float32)
+    try:
+        model = parallelize(
+            alone,
+            mesh,
+            schedule=SCHEDULES[options.schedule],
+            microbatches=options.microbatches,
+            sequence_parallel=options.sequence_parallel,
+        )
+    except ValueError as error:
+        return error
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr)
+    reference = torch.optim.AdamW(alone.parameters(), options.lr)
+    losses, seconds, difference = [], 0.0, 0.0
+    with _progress(where) as tell:
+        for tokens, targets in corpus.batches(options.steps, options.rows, options.context, options.seed):
+            start = time.perf_counter()
+            losses.append(model.step(tokens, targets).item())
+            seconds += time.perf_counter() - start
+            if options.check:
+                gradients = model.full_gradients()
+                if here().rank == 0:
+                    difference = max(difference, _difference(gradients, alone, tokens, targets))
+                    reference.step()
+            start = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds += time.perf_counter() - start
+            tell((losses[-1], len(losses) * tokens.numel() / seconds))
+    prompt = torch.tensor([corpus.tokenizer().encode(PROMPT).ids])
+    written = model.generate(prompt, NEW_TOKENS, temperature=0.7, seed=options.seed)
+    timeline = model.timeline()
+    if here().rank:
+        return None
+    if options.trace:
+        timeline.save(options.trace)
+    text = " ".join(corpus.tokenizer().decode(written[0].tolist()).split())
+    return Report(losses, len(losses) * tokens.numel() / seconds, difference if options.check else None, text)
+
+
+@contextmanager
+def _progress(where: Where) -> Iterator[Callable[[Any], None]]:
+    """A function that sends to the bar from rank 0, and does nothing on the others."""
+    if here().rank:
+        yield lambda what: None
+    else:
+        address, key = where
+        with Client(address, authkey=key) as bar:
+            yield bar.send
+
+
+def _difference(gradients: dict[str, Tensor], alone: nn.Module, tokens: Tensor, targets: Tensor) -> float:
+    """The largest difference from the gradients of the whole model in this process, over its largest gradient."""
+    alone.zero_grad()
+    device = here().device
+    total, count = cross_entropy(alone(tokens.to(device)), targets.to(device))
+    (total / count).backward()
+    own = {name: parameter.grad for name, parameter in alone.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in own.values())
+    return (max((gradients[name] - gradient).abs().max() for name, gradient in own.items()) / largest).item()

@@ -1,0 +1,134 @@
+"""The commands, as a person runs them: exit codes, one clear line for bad input, the same numbers everywhere."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minipar import World, cli, corpus, doctor, gpt
+from minipar.__main__ import main
+from minipar.model import Config
+
+SMALL = "--depth 2 --width 32 --heads 4 --context 16 --rows 8 --microbatches 2 --steps 2"
+FIT = "--dp 2 --pp 2 --tp 2"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
+
+
+def train(arguments: str, *runner: str) -> subprocess.CompletedProcess[str]:
+    return run(*runner, "minipar", "train", *arguments.split())
+
+
+def loss(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.search(r"loss (\S+ -> \S+) in", done.stdout)[1]
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """One run with everything on: the process, and the trace that it wrote."""
+    trace = tmp_path_factory.mktemp("trace") / "step.json"
+    return train(f"{SMALL} {FIT} --sequence-parallel --tied --check --trace {trace}"), trace
+
+
+def test_a_checked_run_says_that_its_gradients_are_those_of_one_process(hybrid):
+    done, _ = hybrid
+    assert done.returncode == 0, done.stderr
+    assert "check: equal." in done.stdout
+    assert 0 < float(re.search(r"process's than (\S+) of", done.stdout)[1]) < 1e-12
+    assert re.search(r"^it writes: The .+$", done.stdout, re.M)
+    assert "100%" in done.stderr and "tokens/s" in done.stderr, "the bar reaches its end"
+
+
+def test_the_trace_is_one_that_perfetto_opens(hybrid):
+    _, trace = hybrid
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["tid"] for event in spans} == set(range(8))
+    forwards = [event for event in spans if event["cat"] == "F"]
+    assert len(forwards) == 8 * 2, "each of 8 ranks has 2 microbatches"
+    assert all(event["dur"] > 0 and event["ts"] >= 0 for event in spans)
+
+
+def test_every_layout_and_launcher_trains_to_the_same_loss():
+    alone = loss(train(SMALL))
+    assert loss(train(f"{SMALL} --dp 2 --pp 2 --schedule gpipe")) == alone
+    assert loss(train(f"{SMALL} --tp 2", "torch.distributed.run", "--nproc-per-node=2")) == alone
+    assert loss(train(f"{SMALL} --seed 1")) != alone
+
+
+def test_the_check_sees_a_wrong_gradient(capsys):
+    torch.manual_seed(0)
+    model = gpt(Config(depth=1, width=8, heads=2, context=4)).double()
+    ((tokens, targets),) = corpus.batches(1, rows=2, context=4)
+    assert cli._difference({n: torch.zeros_like(p) for n, p in model.named_parameters()}, model, tokens, targets) == 1
+    right = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert cli._difference(right, model, tokens, targets) == 0
+    report = cli.Report(losses=[1.0], tokens_per_second=1, difference=1e-6, text="")
+    assert cli._tell(cli.Mesh(), report) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--heads 6 --width 128", "width 128 is not divisible by heads 6; heads can be one of [1, 2, 4,"),
+        ("--tp 3", "tp=3"),
+        ("--depth 2 --pp 4", "pp=4"),
+        ("--rows 3 --dp 2 --microbatches 2", "--rows 3 is too few for dp=2 x 2 microbatches: at least 4"),
+        ("--dp 0", "--dp: '0' is not a whole number, at least 1"),
+        ("--lr fast", "--lr: 'fast' is not a number, at least 0"),
+        ("--schedule zigzag", "invalid choice: 'zigzag' (choose from"),
+        ("--layers 4", "unrecognized arguments: --layers 4"),
+        ("--context 9999999", "context=9999999 does not fit: the corpus has"),
+        ("--dropout 1.5", "dropout=1.5"),
+        ("--check --dropout 0.1", "--check fits --dropout 0 only"),
+        ("--trace no/such/folder.json", "--trace no/such/folder.json: it must be a file in a folder that"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(arguments, said, capsys):
+    try:
+        code = main(["train", *arguments.split()])
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert said in err and err.startswith("python -m minipar")
+    assert err.count("\n") == 1 and not out
+
+
+def test_bad_input_ends_the_process_with_2_and_no_traceback():
+    done = train("--tp 3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_doctor_finds_this_machine_fit():
+    done = run("minipar", "doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert said["torch"] == torch.__version__
+    assert said.keys() >= {"Python", "transformers", "jupyterlab", "cores", "memory", "devices", "loopback", "ranks"}
+    assert re.fullmatch(r"right: 1 MiB in \d+\.\d ms", said["all-reduce"])
+
+
+def _wrong_sum():
+    return 7.0, 0.001, 1, "gloo"
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("_sum_over_ranks", _wrong_sum, "WRONG"),
+        ("World", lambda *_, **__: World(0), "do not work"),
+    ],
+)
+def test_the_doctor_says_what_does_not_work(name, broken, said, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, name, broken)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert said in out and "-> " in out
