@@ -7,7 +7,7 @@ left behind the last one.
 
 import json
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -207,6 +207,7 @@ class Executor:
         self.states: dict[Place, Any] = {}  # what went into a stage
         self.outputs: dict[Place, list[Tensor]] = {}  # what came out of it
         self.gradients: dict[Place, list[Tensor]] = {}  # of what came out
+        self.wanted: dict[tuple[Op, int], deque[Action]] = defaultdict(deque)  # receives whose shape is not known
         self.posted: dict[Action, list[Pending]] = {}
         self.sent: list[Pending] = []
         self.spans = []
@@ -241,7 +242,7 @@ class Executor:
     def backward(self, action: Action) -> None:
         place = (action.stage, action.microbatch)
         if place not in self.gradients:
-            self.gradients[place] = self._arrived_gradients(action)
+            self.gradients[place] = self._arrived(action._replace(op=Op.RECV_GRADIENT))
         start = time.perf_counter()
         outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
@@ -263,44 +264,51 @@ class Executor:
         self.sent += [isend(x, self.axis, peer, self._tag(action)) for x in leaves]
         self.outputs[place] = _floats(self.outputs[place])
 
-    def recv_activation(self, action: Action) -> None:
-        if spec := self.specs.get((action.stage - 1, self.shapes[action.microbatch])):
-            self._post(action, spec.empty(self.device), self.owner[action.stage - 1])
+    def receive(self, action: Action) -> None:
+        """Post the receive as soon as its shape is known, in order: messages of a boundary arrive one by one."""
+        self.wanted[action.op, action.stage].append(action)
+        self._post(action)
+
+    def _post(self, action: Action) -> None:
+        queue = self.wanted[action.op, action.stage]
+        while queue and (like := self._expected(queue[0])) is not None:
+            peer, first = self._sender(action), queue.popleft()
+            self.posted[first] = [irecv(x, self.axis, peer, self._tag(first)) for x in like]
+
+    def _expected(self, action: Action) -> list[Tensor] | None:
+        """Tensors as this receive will get them; None while their shape is not known."""
+        if action.op == Op.RECV_GRADIENT:
+            return self.outputs.get((action.stage, action.microbatch))
+        spec = self.specs.get((action.stage - 1, self.shapes[action.microbatch]))
+        return spec.empty(self.device) if spec else None
+
+    def _arrived(self, action: Action) -> list[Tensor]:
+        if action not in self.posted:
+            if action.op == Op.RECV_ACTIVATION:
+                self._read_note(action)
+            self._post(action)
+        return [pending.wait() for pending in self.posted.pop(action)]
+
+    def _read_note(self, action: Action) -> None:
+        """The first of its shape: its spec comes ahead."""
+        peer, tag = self._sender(action), self._tag(action)
+        length = irecv(torch.empty(1, dtype=torch.long, device=self.device), self.axis, peer, tag).wait()
+        note = irecv(torch.empty(int(length), dtype=torch.uint8, device=self.device), self.axis, peer, tag).wait()
+        self.specs[action.stage - 1, self.shapes[action.microbatch]] = Spec.from_bytes(bytes(note.tolist()))
 
     def _arrived_state(self, action: Action) -> Any:
-        action = action._replace(op=Op.RECV_ACTIVATION)
-        peer, key = self.owner[action.stage - 1], (action.stage - 1, self.shapes[action.microbatch])
-        if key not in self.specs:  # the first of its shape: a note comes ahead
-            length = irecv(
-                torch.empty(1, dtype=torch.long, device=self.device), self.axis, peer, self._tag(action)
-            ).wait()
-            note = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-            note = irecv(note, self.axis, peer, self._tag(action)).wait()
-            self.specs[key] = Spec.from_bytes(bytes(note.tolist()))
-        if action not in self.posted:
-            self.recv_activation(action)
-        leaves = [pending.wait() for pending in self.posted.pop(action)]
+        leaves = self._arrived(action._replace(op=Op.RECV_ACTIVATION))
         for x in leaves:
             x.requires_grad_(x.is_floating_point() and torch.is_grad_enabled())
-        return pytree.tree_unflatten(leaves, self.specs[key].structure)
+        return pytree.tree_unflatten(leaves, self.specs[action.stage - 1, self.shapes[action.microbatch]].structure)
 
     def send_gradient(self, action: Action) -> None:
         state, peer = self.states.pop((action.stage, action.microbatch)), self.owner[action.stage - 1]
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in _floats(state)]
         self.sent += [isend(g, self.axis, peer, self._tag(action)) for g in gradients]
 
-    def recv_gradient(self, action: Action) -> None:
-        if outputs := self.outputs.get((action.stage, action.microbatch)):
-            self._post(action, [torch.empty_like(y) for y in outputs], self.owner[action.stage + 1])
-
-    def _arrived_gradients(self, action: Action) -> list[Tensor]:
-        action = action._replace(op=Op.RECV_GRADIENT)
-        if action not in self.posted:  # posted before its forward had shown the shape
-            self.recv_gradient(action)
-        return [pending.wait() for pending in self.posted.pop(action)]
-
-    def _post(self, action: Action, like: list[Tensor], peer: int) -> None:
-        self.posted[action] = [irecv(x, self.axis, peer, self._tag(action)) for x in like]
+    def _sender(self, action: Action) -> int:
+        return self.owner[action.stage + (1 if action.op == Op.RECV_GRADIENT else -1)]
 
     def _tag(self, action: Action) -> int:
         """One for each boundary and direction. Along each, microbatches go in the order of the schedule."""
@@ -315,9 +323,9 @@ class Executor:
         Op.B: backward,
         Op.REDUCE: reduce,
         Op.SEND_ACTIVATION: send_activation,
-        Op.RECV_ACTIVATION: recv_activation,
+        Op.RECV_ACTIVATION: receive,
         Op.SEND_GRADIENT: send_gradient,
-        Op.RECV_GRADIENT: recv_gradient,
+        Op.RECV_GRADIENT: receive,
     }
 
 
