@@ -11,11 +11,13 @@ import base64
 import html
 import inspect
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
@@ -268,35 +270,16 @@ def draw_ring(ranks: int, step: int) -> Figure:
     _circle(circle, range(ranks), arrows, INK if step else "#BBBBBB")
     circle.set_title("circle: a rank; square: the chunk it sent on", fontsize=9)
 
-    slot = 0.84 / ranks
-    for rank in range(ranks):
-        for chunk in range(ranks):
-            fresh = sent[rank - 1] == chunk
-            for other in range(ranks):
-                inside = other in held[rank][chunk]
-                left = chunk + 0.08 + other * slot
-                table.add_patch(
-                    Rectangle(
-                        (left, rank + 0.12),
-                        slot,
-                        0.76,
-                        fc=PALETTE[other] if inside else "white",
-                        ec="white",
-                        lw=0.6,
-                    )
-                )
-                if inside and ranks <= 5:
-                    table.text(left + slot / 2, rank + 0.5, f"{other}", **CENTER, fontsize=8)
-            table.add_patch(
-                Rectangle(
-                    (chunk + 0.08, rank + 0.12),
-                    0.84,
-                    0.76,
-                    fill=False,
-                    ec=INK if fresh else "#BBBBBB",
-                    lw=2.4 if fresh else 0.8,
-                )
-            )
+    slot, boxes = 0.84 / ranks, []
+    for rank, chunk in itertools.product(range(ranks), repeat=2):
+        for other in sorted(held[rank][chunk]):
+            left = chunk + 0.08 + other * slot
+            boxes.append(Rectangle((left, rank + 0.12), slot, 0.76, fc=PALETTE[other], ec="white", lw=0.6))
+            if ranks <= 5:
+                table.text(left + slot / 2, rank + 0.5, f"{other}", **CENTER, fontsize=8)
+        ink, width = (INK, 2.4) if sent[rank - 1] == chunk else ("#BBBBBB", 0.8)
+        boxes.append(Rectangle((chunk + 0.08, rank + 0.12), 0.84, 0.76, fill=False, ec=ink, lw=width))
+    table.add_collection(PatchCollection(boxes, match_original=True))
     table.set(xlim=(0, ranks), ylim=(ranks, 0))
     table.set_xticks([c + 0.5 for c in range(ranks)], [f"{c}" for c in range(ranks)])
     table.set_yticks([r + 0.5 for r in range(ranks)], [f"rank {r}" for r in range(ranks)])

@@ -163,9 +163,7 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
     for setting in itertools.product(*grid.values()):
         source, sentence = _frame(fn, dict(zip(grid, setting, strict=True)))
         data = source.partition(",")[2]
-        frames.append(
-            (pictures.setdefault(data, len(pictures)), sentences.setdefault(sentence, len(sentences)))
-        )
+        frames.append((pictures.setdefault(data, len(pictures)), sentences.setdefault(sentence, len(sentences))))
     data = json.dumps(
         {
             "names": list(grid),
@@ -188,7 +186,7 @@ def static_page(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> str:
 # -- explorers that several chapters use ---------------------------------------------------------------------
 
 
-def ring_explorer(ranks: Iterable[int] = (4, 2, 3, 5)) -> None:
+def ring_explorer(ranks: Iterable[int] = (4, 2, 3)) -> None:
     """The ring all-reduce step by step: which chunk goes where, and whose numbers are in it."""
     ranks = list(ranks)
     explore(viz.draw_ring, ranks=ranks, step=range(2 * (max(ranks) - 1) + 1))
