@@ -11,6 +11,8 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
 from nbval.kernel import RunningKernel
 
+from .tasks import CourseError
+
 # What the kernel does before it listens: torch is imported here and, at the same time, in the process that ranks
 # are forked from; one after the other they take twice as long.
 LAUNCH = """\
@@ -26,8 +28,8 @@ class KernelDied(Exception):
     """The kernel's process has ended."""
 
 
-class CellFailed(Exception):
-    """A cell that should have worked did not. The message is its error."""
+class CellFailed(CourseError):
+    """The notebook's own set-up, or an answer of the solution, does not run. The message is its error."""
 
 
 class _ThisPython(KernelSpecManager):
@@ -99,4 +101,5 @@ class Kernel(RunningKernel):
         self.await_reply(msg_id, timeout=60)
         self.await_idle(msg_id, timeout=5)
         if self.reply["status"] != "ok":
-            raise CellFailed(f"{self.reply.get('ename')}: {self.reply.get('evalue')}")
+            error = f"{self.reply.get('ename')}: {self.reply.get('evalue')}"
+            raise CellFailed(f"a cell that is not yours fails, so nothing can be graded: {error}")

@@ -21,6 +21,7 @@
 
 # %% tags=["setup"]
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +368,8 @@ def make_buckets(model: nn.Module, number: int) -> list[tuple[list[nn.Parameter]
     parameters = list(model.parameters())[::-1]
     cut = [len(parameters) * i // number for i in range(number + 1)]
     buckets = []
-    for group in (parameters[a:b] for a, b in zip(cut, cut[1:], strict=False)):
+    for a, b in pairwise(cut):
+        group = parameters[a:b]
         flat = torch.zeros(sum(p.numel() for p in group), dtype=group[0].dtype)
         for p, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
             p.grad = part.view_as(p)
@@ -502,10 +504,10 @@ OPTIMIZERS = {
 
 
 def weights_after(axis: Axis, optimizer: str, merge: Callable | None) -> dict[str, Tensor]:
-    """The weights after three steps. Without `merge`, gradients are averaged, and then all ranks step alike."""
+    """The weights after two steps. Without `merge`, gradients are averaged, and then all ranks step alike."""
     model = fresh_model()
     stepper = OPTIMIZERS[optimizer](model.parameters())
-    for step in range(3):
+    for step in range(2):
         rows = slice(2 * axis.index, 2 * axis.index + 2)
         model.zero_grad()
         (total_loss(model, tokens[rows].roll(step, 1), targets[rows].roll(step, 1)) / 64).backward()
@@ -527,7 +529,7 @@ for name in OPTIMIZERS:
     by_gradients = on_each_rank(weights_after, name, None)[0]
     by_updates = on_each_rank(weights_after, name, merge_updates)
     moved = max(float((by_updates[0][p] - start[p]).abs().max()) for p in start)
-    assert moved, f"{name}: after three steps no weight has moved: merge_updates takes the optimizer's step."
+    assert moved, f"{name}: after two steps no weight has moved: merge_updates takes the optimizer's step."
     for rank in range(1, 4):
         apart = [p for p in start if not torch.equal(by_updates[rank][p], by_updates[0][p])]
         assert not apart, (
@@ -540,7 +542,7 @@ for name in OPTIMIZERS:
     )
     measured = "differ" if wrong else "are equal"
     assert predicted[name] == (not wrong), (
-        f"{name}: you predict {predicted[name]}, but after three steps weights {measured}."
+        f"{name}: you predict {predicted[name]}, but after two steps weights {measured}."
     )
 print("same weights:", ", ".join(name for name in OPTIMIZERS if predicted[name]))
 
@@ -548,28 +550,28 @@ print("same weights:", ", ".join(name for name in OPTIMIZERS if predicted[name])
 # ## 03a.9 · Mend: the bug that a loss curve hides
 #
 # This step cuts a rank's rows into microbatches, to save memory. It has trained models for months, and its loss curve
-# lies exactly on the one of a single process. Yet it breaks a law. The cell after it compares it with one process, in
-# four ways: run that, read, and say which law fails. Then mend the step. Real repositories have had this bug for
+# is the same with and without microbatches. Yet it breaks a law. The cell after it compares one microbatch with two,
+# on five lines: run it, read, and say which law fails. Then mend the step. Real repositories have had this bug for
 # years.
 #
 # (If the curve looks right, what is it to you? Your learning rate does not mean what you think, weight decay and
 # clipping work at another strength than you set, and plain SGD goes astray.)
 
 # %% [markdown] lang="en" hint="03a.9"
-# Run the cell below the step and look at its four lines. One of them differs by a round number.
+# Run the cell below the step and compare its two columns. On one line the second number is twice the first.
 
 # %% [markdown] lang="en" hint="03a.9"
-# The gradients are `microbatches` times too large: `.backward()` *adds* to `.grad`, and each microbatch divides by its
-# own number of tokens. Adam does not care for the size of a gradient, so its loss curve does not show it.
+# The gradients are `microbatches` times too large: `.backward()` *adds* to `.grad`, and each microbatch divides by the
+# tokens of one microbatch. Adam does not care for the size of a gradient, so its loss curve does not show it.
 
 # %% [markdown] lang="en" hint="03a.9"
-# Dividing by `microbatches` is not enough where padding makes them unequal: that is a mean of means again. Divide by
-# the number of labeled tokens of the whole step, on all ranks, counted before the loop.
+# Divide by the tokens of the whole batch. Then the losses of the microbatches add up to the loss that is shown, with
+# no division left.
 
 
 # %% task="03a.9" title="Mend: the bug that a loss curve hides"
 def broken_law() -> str:
-    """Which line of the evidence is wrong: "loss", "gradients", "calls" or "bytes"?"""
+    """What differs and should not: "loss", "gradients", "calls" or "bytes"?"""
     ### BEGIN SOLUTION
     return "gradients"
     ### END SOLUTION
@@ -581,14 +583,14 @@ def train_step(model: nn.Module, tokens: Tensor, targets: Tensor, axis: Axis, mi
     model.zero_grad()
     shown = torch.zeros((), dtype=torch.float64)
     ### BEGIN SOLUTION
-    count = all_reduce((labels != -100).sum(), axis)
+    count = all_reduce((labels != -100).sum(), axis)  # tokens of the whole batch
     for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
         loss = total_loss(model, x, y) / count
         loss.backward()
         shown += loss.detach()
     ### INSTEAD
+    # count = all_reduce((labels != -100).sum(), axis) / microbatches  # tokens of one microbatch
     # for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
-    #     count = all_reduce((y != -100).sum(), axis)
     #     loss = total_loss(model, x, y) / count
     #     loss.backward()
     #     shown += loss.detach() / microbatches
@@ -599,11 +601,11 @@ def train_step(model: nn.Module, tokens: Tensor, targets: Tensor, axis: Axis, mi
 
 
 # %% tags=["setup"]
-def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int) -> dict:
-    """Ten steps of Adam on the eight rows. Losses, gradients, calls and bytes of the first step."""
+def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int, steps: int) -> dict:
+    """Steps of Adam on the eight rows. All losses; gradients, calls and bytes of the first step."""
     model, losses = fresh_model(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for i in range(10):
+    for i in range(steps):
         with ledger() as book:
             losses.append(step(model, tokens, targets, axis, microbatches).item())
         if i == 0:
@@ -613,27 +615,27 @@ def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int) -> dic
 
 
 # %%
-run = on_each_rank(train, train_step, targets, 2)[0]
-alone = on_each_rank(train, train_step, targets, 1)[0]
-name, count = "blocks.0.mlp.up.weight", len(list(fresh_model().parameters()))
-print("             two microbatches    one")
-print(
-    f"loss         {run['losses'][0]:.6f} to {run['losses'][-1]:.6f}    {alone['losses'][0]:.6f} to {alone['losses'][-1]:.6f}"
-)
-print(f"gradients    {run['gradients'][name].norm():.6f}    {alone['gradients'][name].norm():.6f}    (norm of {name})")
-print(f"calls        {run['calls']}    {alone['calls']}    ({count} parameters, the loss, and the counts)")
-print(f"bytes        {run['bytes']:,}    {alone['bytes']:,}")
+one, two = (on_each_rank(train, train_step, targets, microbatches, 10)[0] for microbatches in (1, 2))
+print(f"{'microbatches':<34}{1:>10}{2:>10}")
+for what, get in {
+    "loss of step 1": lambda run: f"{run['losses'][0]:.4f}",
+    "loss of step 10, with Adam": lambda run: f"{run['losses'][-1]:.4f}",
+    "gradients, norm over all": lambda run: f"{sum(g.norm() ** 2 for g in run['gradients'].values()) ** 0.5:.4f}",
+    "calls of a step": lambda run: run["calls"],
+    "bytes sent in a step": lambda run: f"{run['bytes']:,}",
+}.items():
+    print(f"{what:<34}{get(one):>10}{get(two):>10}")
 
 # %% check="03a.9" seconds=30
 # NBVAL_CHECK_OUTPUT
 law = broken_law()
 assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
-assert law == "gradients", f"{law!r} is as it should be: which line has a number that is twice the other?"
+assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
 short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
 for case, labels in {"full rows": targets, "rows of different lengths": short}.items():
     whole = one_process(tokens, labels)
     for microbatches in (1, 2):
-        answers = on_each_rank(train, train_step, labels, microbatches)
+        answers = on_each_rank(train, train_step, labels, microbatches, 1)
         wrong = difference([answer["gradients"] for answer in answers], whole)
         assert not wrong, f"{case}, {microbatches} microbatches: {wrong}."
     expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
