@@ -180,7 +180,8 @@ def embedding_rowwise(layer: nn.Embedding, region: Region, entrance: Entrance) -
 
     def forward(ids: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
         here = (ids >= first) & (ids < end)
-        rows = F.embedding((ids - first).where(here, 0), layer.weight)
+        elsewhere = ~here & (ids >= 0) & (ids < layer.num_embeddings)  # an id that is nowhere stays, and raises
+        rows = F.embedding((ids - first).masked_fill(elsewhere, 0), layer.weight)
         return leave(rows * here.unsqueeze(-1), region.axis)
 
     layer.forward = forward
@@ -291,20 +292,23 @@ def vocabulary_parallel_cross_entropy(
     Three numbers a token travel: the largest logit, then the sum of exponentials and the target's logit.
     """
     edges = bounds(vocabulary, axis.size)
-    total = _VocabularyParallel.apply(logits.flatten(0, -2), targets.flatten(), axis, edges[axis.index])
+    total = _VocabularyParallel.apply(logits.flatten(0, -2), targets.flatten(), axis, edges[axis.index], vocabulary)
     return total, (targets != IGNORED).sum()
 
 
 class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, first: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, first: int, vocabulary: int) -> Tensor:
         top = all_reduce(logits.amax(-1), axis, "max")  # (N,)
         shares = (logits - top[:, None]).exp_()
         here = (targets >= first) & (targets < first + logits.size(-1))
-        place = (targets - first).where(here, 0)[:, None]
+        counts = targets != IGNORED
+        elsewhere = ~counts | ~here & (targets >= 0) & (
+            targets < vocabulary
+        )  # one that is nowhere raises
+        place = (targets - first).masked_fill(elsewhere, 0)[:, None]
         target_logit = (logits.gather(-1, place).squeeze(-1) - top) * here
         total, target_logit = all_reduce(torch.stack([shares.sum(-1), target_logit]), axis)
-        counts = targets != IGNORED
         ctx.save_for_backward(shares.div_(total[:, None]), place, here, counts)
         return ((total.log() - target_logit) * counts).sum()
 
@@ -312,4 +316,4 @@ class _VocabularyParallel(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         probabilities, place, here, counts = ctx.saved_tensors
         gradient = probabilities.scatter_add(-1, place, -here[:, None].to(probabilities.dtype))
-        return gradient.mul_((gradients[0] * counts)[:, None]), None, None, None
+        return gradient.mul_((gradients[0] * counts)[:, None]), None, None, None, None

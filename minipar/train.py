@@ -113,6 +113,9 @@ class Parallel:
         """
         inputs, targets = self._with_targets(inputs, targets)
         inputs, targets = _to(inputs, self.device), _to(targets, self.device)
+        sizes = [len(x) for batch in (inputs, targets) for x in _tensors(batch)]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"inputs and targets have {sizes} rows: all must have the same number")
         # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
         guess = 1 if local else next(iter(_tensors(targets))).numel()
         batches, labels = self._microbatches(inputs, local), self._microbatches(targets, local)
@@ -151,11 +154,8 @@ class Parallel:
 
     def _microbatches(self, batch: Any, local: bool) -> list:
         """This data rank's rows, cut into microbatches."""
-        sizes = {len(x) for x in _tensors(batch)}
-        if len(sizes) > 1:
-            raise ValueError(f"the tensors of a batch have {sorted(sizes)} rows: they must have the same number")
-        parts = self.microbatches * (1 if local else self.dp.size)
-        if (size := sizes.pop()) < parts:
+        size, parts = len(next(iter(_tensors(batch)))), self.microbatches * (1 if local else self.dp.size)
+        if size < parts:
             what = (
                 f"{self.microbatches} microbatches"
                 if local
