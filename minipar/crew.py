@@ -1,0 +1,279 @@
+"""The ranks of a world as processes: start them, hand out jobs, listen until all have answered or none will, end them.
+
+On Linux a rank is forked from a server process that has imported torch once. Forking the caller itself is not safe:
+it has threads. Elsewhere fork is not safe at all, and ranks start as fresh processes.
+"""
+
+import multiprocessing
+import os
+import selectors
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
+from typing import Any
+
+from . import travel
+from .board import Board
+from .rank import Failure, Frame, Seat, live
+from .report import TORCH, Output, Witness, ending
+
+FORK = sys.platform == "linux"
+PRELOAD = ["torch._dynamo", "minipar.rank"]  # torch imports its compiler when the first optimizer is made
+LOOK = 0.25  # seconds between two looks at the board
+QUIET = 5.0  # seconds without any movement after which ranks that all wait are called deadlocked
+SLOW = 60.0  # the same where all have come to their call, and only bytes may be under way
+REST = 0.2  # the same once a rank has failed
+GRACE = 1.0  # seconds at most that the others get to come to rest once a rank has failed
+
+
+class Exit(int):
+    """How a rank's process ended: a status, or minus a signal."""
+
+
+def warm() -> None:
+    """Start the server process now, without waiting for it, so that the first World starts faster.
+
+    Worth a call before anything slow is imported: both then import torch at the same time.
+    """
+    if FORK:
+        forkserver.set_forkserver_preload(PRELOAD)
+        with _main_hidden():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """A new process imports the caller's __main__ if it can tell where that lies. A rank must not: it would run the
+    whole script once more."""
+    main = vars(sys.modules["__main__"])
+    kept = {name: main.get(name) for name in ("__file__", "__spec__") if name in main}
+    main["__file__"] = main["__spec__"] = None
+    try:
+        yield
+    finally:
+        for name in ("__file__", "__spec__"):
+            del main[name]
+        main.update(kept)
+
+
+class Member:
+    """The caller's ends of one rank: its process and its pipes."""
+
+    def __init__(self, context: Any, seat: Seat) -> None:
+        self.jobs, jobs = context.Pipe()
+        self.control, control = context.Pipe()
+        self.out, out = context.Pipe(duplex=False)
+        self.err, err = context.Pipe(duplex=False)
+        args = seat, jobs, control, out, err
+        self.process = context.Process(target=live, args=args, name=f"rank {seat.rank}", daemon=True)
+        self.process.start()
+        for end in (jobs, control, out, err):
+            end.close()
+
+    def where(self) -> tuple[tuple[Frame, ...], float]:
+        """The stack of the rank's main thread and the CPU seconds that it has used, if it answers."""
+        try:
+            self.control.send_bytes(b"?")
+            if self.control.poll(0.5):
+                return travel.loads(self.control.recv_bytes())
+        except (OSError, EOFError):
+            pass
+        return (), 0.0
+
+    def kill(self) -> None:
+        """End the process and what it has started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it is gone, or so young that it leads no group yet
+            self.process.kill()
+
+    def close(self) -> None:
+        """Wait for the end of the process and free what belongs to it here."""
+        self.process.join()
+        for end in (self.jobs, self.control, self.out, self.err):
+            end.close()
+
+
+class Crew:
+    """`size` ranks from their start to their end. They get ready by themselves; `wait_until_ready` waits for it."""
+
+    def __init__(self, size: int, device: str | None, watch: bool) -> None:
+        self.size = size
+        self.path = list(sys.path)
+        self.output = Output()
+        self.events = selectors.DefaultSelector()
+        self.members: list[Member] = []
+        self.folder = tempfile.mkdtemp(prefix="minipar-")
+        self.end = weakref.finalize(self, _end, os.getpid(), self.members, self.events, self.folder)
+        Board.create(f"{self.folder}/board", size)
+        self.board = Board(f"{self.folder}/board", size)
+        self.ready = False
+        warm()
+        context = multiprocessing.get_context("forkserver" if FORK else "spawn")
+        with _main_hidden():
+            for rank in range(size):
+                self.members.append(Member(context, Seat(rank, size, device, self.folder, watch)))
+        for rank, m in enumerate(self.members):
+            for what, file in (("answer", m.jobs), ("end", m.process.sentinel), ("stdout", m.out), ("stderr", m.err)):
+                self.events.register(file, selectors.EVENT_READ, (rank, what))
+
+    def wait_until_ready(self) -> None:
+        """Raises RuntimeError where a rank cannot start."""
+        if self.ready:
+            return
+        for rank, outcome in self.listen(None)[0].items():
+            if isinstance(outcome, Failure):
+                raise RuntimeError(f"rank {rank} cannot start: {outcome.kind}: {outcome.text}")
+            if isinstance(outcome, Exit):
+                raise RuntimeError(f"rank {rank} cannot start: it {ending(outcome)}")
+        os.unlink(f"{self.folder}/board")  # all have it open
+        self.ready = True
+
+    def gone(self) -> dict[int, Exit]:
+        """The ranks whose processes have ended, and how."""
+        return {r: Exit(m.process.exitcode) for r, m in enumerate(self.members) if m.process.exitcode is not None}
+
+    def send(self, job: memoryview) -> None:
+        """Give every rank the same job."""
+        for member in self.members:
+            with suppress(BrokenPipeError):  # it has ended, as `listen` will see
+                member.jobs.send_bytes(job)
+
+    def listen(self, limit: float | None) -> tuple[dict[int, Any], str]:
+        """Show the ranks' output until every one has ended its job, or until it is clear that some will not.
+
+        Returns each rank's answer, Failure or Exit, and in words why nobody waits for the others.
+        """
+        ended: dict[int, Any] = {}
+        guard = Guard(self, limit)
+        verdict = ""
+        while len(ended) < self.size and not verdict:
+            for key, _ in self.events.select(guard.patience()):
+                rank, what = key.data
+                if what in ("stdout", "stderr"):
+                    self._show(key)
+                elif what == "answer":
+                    self._take(rank, ended)
+                else:
+                    self._take(rank, ended)  # it may have answered and ended
+                    self.events.unregister(key.fileobj)
+                    self.members[rank].process.join()
+                    ended.setdefault(rank, Exit(self.members[rank].process.exitcode))
+            verdict = guard.verdict(ended)
+        for key, _ in self.events.select(0):
+            if key.data[1] in ("stdout", "stderr"):
+                self._show(key)
+        self.output.finish()
+        return ended, verdict
+
+    def _take(self, rank: int, ended: dict[int, Any]) -> None:
+        jobs = self.members[rank].jobs
+        try:
+            if jobs.poll():
+                ended[rank] = travel.loads(jobs.recv_bytes())
+        except (EOFError, OSError):  # its process has ended; the sentinel will say how
+            if jobs in self.events.get_map():
+                self.events.unregister(jobs)
+
+    def _show(self, key: selectors.SelectorKey) -> None:
+        data = os.read(key.fd, 1 << 17)
+        if data:
+            rank, stream = key.data
+            self.output.add(rank, stream, data)
+        else:
+            self.events.unregister(key.fileobj)
+
+    def at_rest(self, ended: dict[int, Any]) -> bool:
+        """Whether all ranks are free for another job and nothing is under way between them."""
+        ended_well = len(ended) == self.size and not any(isinstance(e, Exit) for e in ended.values())
+        return ended_well and self.board.balanced()
+
+    def witnesses(self, ended: dict[int, Any]) -> list[Witness]:
+        """All that is known of each rank."""
+        found = []
+        for rank, member in enumerate(self.members):
+            outcome, standing = ended.get(rank), self.board.standing(rank)
+            if rank not in ended:
+                found.append(Witness(rank, frames=member.where()[0], standing=standing))
+            elif isinstance(outcome, Failure):
+                found.append(Witness(rank, failure=outcome, standing=standing))
+            elif isinstance(outcome, Exit):
+                found.append(Witness(rank, exit=outcome, standing=standing))
+            else:
+                found.append(Witness(rank, returned=True, standing=standing))
+        return found
+
+
+def _end(owner: int, members: list[Member], events: selectors.BaseSelector, folder: str) -> None:
+    if os.getpid() != owner:  # a fork of the caller does not own the ranks
+        return
+    events.close()
+    for member in members:
+        member.kill()
+    for member in members:
+        member.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Guard:
+    """Judges during a run whether it is worth waiting on."""
+
+    def __init__(self, crew: Crew, limit: float | None) -> None:
+        self.crew, self.limit = crew, limit
+        self.start = self.since = time.monotonic()
+        self.next = self.start + LOOK
+        self.failed: float | None = None  # when a rank was first seen to have failed
+        self.state: object = None  # of the board and the answers; while it stays the same, nothing moves
+        self.samples: dict[int, tuple[tuple[Frame, ...], float, float]] = {}
+
+    def patience(self) -> float:
+        """Seconds until the next look."""
+        return max(0.0, self.next - time.monotonic())
+
+    def verdict(self, ended: dict[int, Any]) -> str:
+        """Why to wait no longer, or nothing."""
+        now = time.monotonic()
+        if self.failed is None and any(isinstance(e, (Failure, Exit)) for e in ended.values()):
+            self.failed = self.next = now
+        if now < self.next:
+            return ""
+        self.next = now + (LOOK if self.failed is None else REST / 4)
+        if self.limit is not None:
+            if now - self.start >= self.limit:
+                return f"the limit of {self.limit:g} s is over"
+            self.next = min(self.next, self.start + self.limit)
+        board = self.crew.board
+        state = board.moved(), len(ended), self.crew.output.lines
+        if state != self.state:
+            self.state, self.since = state, now
+            self.samples.clear()
+        quiet = now - self.since
+        waiting = [rank for rank in range(self.crew.size) if rank not in ended]
+        if self.failed is not None:
+            at_rest = quiet >= REST and all(board.waits(rank) for rank in waiting)
+            return "a rank failed" if at_rest or now - self.failed >= GRACE else ""
+        if not self.crew.ready or quiet < QUIET:
+            return ""
+        if all(self._stuck(rank, quiet, now) for rank in waiting):
+            return f"deadlock: every rank waits, and nothing has moved for {quiet:.0f} s"
+        return ""
+
+    def _stuck(self, rank: int, quiet: float, now: float) -> bool:
+        """Whether a rank waits for something that has not begun to come."""
+        standing = self.crew.board.standing(rank)
+        if standing and standing.waiting:
+            return bool(standing.missing) or quiet >= SLOW
+        # The board knows nothing of calls from C++. A rank that stays in a torch function without using the CPU
+        # waits in one. One that sleeps is in a function that is not torch's.
+        frames, used = self.crew.members[rank].where()
+        before = self.samples.setdefault(rank, (frames, used, now))
+        if frames != before[0] or used - before[1] > 0.1 * (now - before[2]) + 0.02:
+            self.samples[rank] = frames, used, now
+            return False
+        return bool(frames) and frames[-1].file.startswith(TORCH) and now - before[2] >= 2
