@@ -1,0 +1,1112 @@
+# %% [markdown] lang="en"
+# # Data parallelism
+#
+# Every rank has the whole model. Every rank gets other rows of the batch. After each backward pass the ranks add up
+# their gradients, so that all take the same step. That is **data parallelism**, the oldest and most used way to train
+# on many devices. At the end of this chapter you can
+#
+# - write it three ways: one call for each parameter, in buckets, and overlapped with the backward pass;
+# - say why ranks merge gradients and not updates, and show it with numbers;
+# - accumulate gradients over microbatches, load data on all ranks, and weigh rows right when shares are unequal;
+# - catch a bug that a loss curve hides;
+# - compute bytes, time and memory for a model, and say when data parallelism alone is enough.
+#
+# **Time:** about two hours, the exercises not counted. **You need:**
+# [Ranks and collectives](02b_ranks_and_collectives.ipynb). The chapter belongs to sections 3.1, 3.2.2 and 3.3.2 of
+# the document that this course follows.
+#
+# **How to read it.** As before: write your prediction into the cell before you run it. Each section ends with the
+# graded tasks that belong to it, in [the exercise notebook](../exercises/03a_data_parallel.ipynb).
+#
+# ## Three questions on the chapter before
+#
+# 1. Four ranks all-reduce a tensor of 12 MB by a ring. How many bytes does each rank send?
+# 2. What does `isend` do that `send` does not, and what must you not do before `wait()` has returned?
+# 3. Three ranks call `all_reduce`, the fourth one does not. What happens?
+#
+# <details><summary>Answers</summary>
+#
+# 1. 2 × 3/4 × 12 MB = 18 MB.
+# 2. `isend` starts the transfer and returns at once. Until `wait()` has returned, the tensor must not be touched.
+# 3. The three wait forever. minipar's `World` notices that nothing moves, and says who waits for whom.
+#
+# </details>
+
+# %%
+import time
+
+import torch
+import torch.nn.functional as F
+
+import minipar
+from minipar import Config, Mesh, World, connect, corpus, ledger, parallelize, viz
+from minipar.collectives import all_reduce, start_all_reduce
+from minipar.data import BUCKET, Gradients, rows
+from minipar.rings import ring_all_reduce
+from minipar.widgets import explore
+
+assert 2 * 3 / 4 * 12 == 18  # the first answer above
+world = World(4)
+
+# %% [markdown] lang="en"
+# ## 1. The same model, other rows
+#
+# A **row** is one piece of text, here 64 tokens, and a **batch** is the rows of one training step. The loss of a batch
+# is the mean of the losses of its tokens. `backward()` computes its **gradient**: for each weight, how much the loss
+# grows when the weight grows.
+#
+# We work with one small GPT and one text, Python's own documentation, all through the course. In this chapter mostly
+# in float64, numbers of 8 bytes with 16 digits. Two programs that do the same then agree to about 15 digits, and
+# whatever is larger is a bug and no rounding error.
+
+# %%
+config = Config()  # 4 blocks of width 128
+tokens, targets = next(corpus.batches(steps=1, rows=8, context=64))  # (8, 64) each; a target is the next token
+
+
+def fresh(dtype=torch.float64):
+    torch.manual_seed(0)  # the same seed, so the same weights, in every process
+    return minipar.gpt(config).to(dtype)
+
+
+def mean_loss(model, tokens, targets):
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())  # the mean over the given tokens
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])  # all of it, as one long vector
+
+
+def distance(got, wanted):
+    """The largest difference, as a share of the largest number."""
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+# %% [markdown] lang="en"
+# First the truth that everything below is compared with: one process, all eight rows.
+
+# %%
+model = fresh()
+mean_loss(model, tokens, targets).backward()
+alone = gradient(model)
+
+P, tensors = alone.numel(), len(list(model.parameters()))
+M = alone.nbytes
+print(f"{P:,} parameters in {tensors} tensors; their gradient has {M:,} bytes in float64")
+
+# %% [markdown] lang="en"
+# Now four ranks. `rows(batch, 4)` cuts a batch into four shares, and a rank takes the one of its own index.
+
+
+# %%
+def my_rows(axis, *batch):
+    return [rows(x, axis.size)[axis.index] for x in batch]
+
+
+shares = [share.tolist() for share in rows(torch.arange(8), 4)]
+viz.show(viz.draw_tensors({"rows of the batch": [list(range(8))] * 4, "it computes": shares}, hue=lambda row: row // 2))
+
+# %% [markdown] lang="en"
+# The batch's loss is a mean over all tokens. The shares are equally large, so it is also the mean of the four ranks'
+# losses, and the gradient of a mean is the mean of the gradients:
+#
+# $$\nabla L = \tfrac14\,(\nabla L_0 + \nabla L_1 + \nabla L_2 + \nabla L_3)$$
+#
+# Each rank can compute its own $\nabla L_r$ without asking anyone. One all-reduce gives the sum to all. This line is
+# all of data parallelism; the rest of the chapter is about doing it fast, and about the ways to get it wrong.
+#
+# **Question.** Let every rank all-reduce the gradient of each parameter tensor, one after the other. How many calls
+# are that, and how many bytes does each rank send? (The cell above printed what you need.)
+
+# %%
+prediction = None  # (calls, bytes)
+
+
+def naive(tokens, targets):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    mean_loss(model, *my_rows(axis, tokens, targets)).backward()
+    mine = gradient(model)
+    with ledger() as book:
+        for p in model.parameters():
+            p.grad = all_reduce(p.grad, axis) / axis.size
+    return mine, gradient(model), book.calls("dp"), book.bytes("dp")
+
+
+answers = world.run(naive, tokens, targets)
+own, merged, calls, sent = zip(*answers, strict=True)
+print("you wrote:", prediction, "- each rank:", (calls[0], sent[0]))
+assert set(calls) == {tensors} and set(sent) == {2 * 3 / 4 * M}
+print("distance to one process:", *(f"{distance(g, alone):.0e}" for g in merged))
+assert all(distance(g, alone) < 1e-12 for g in merged)
+
+# %% [markdown] lang="en"
+# One call for each of the tensors, and 2 × 3/4 × $M$ bytes: a sum in pieces sends no more than a sum in one. And the
+# gradient is the one of a single process, up to the last digits. How far off was each rank's own gradient before?
+
+# %%
+drawing, (panel,) = viz.figure(6.5, 2.6)
+for i, (label, found) in enumerate({"its own rows only": own, "after the all-reduce": merged}.items()):
+    heights = [max(distance(g, alone), 1e-17) for g in found]
+    panel.bar([rank + 0.38 * i - 0.19 for rank in range(4)], heights, 0.36, color=viz.PALETTE[i + 1], label=label)
+panel.set(yscale="log", ylim=(1e-17, 500), ylabel="distance to one process", xticks=range(4))
+panel.set_xticks(range(4), [f"rank {rank}" for rank in range(4)])
+panel.legend(frameon=False, ncols=2, loc="upper right", fontsize=9)
+alt = (
+    "Each rank's gradient compared with one process, on a logarithmic scale. From its own two rows it is off by about "
+    "the size of the gradient itself; after the all-reduce by less than 1e-12 of it."
+)
+viz.show(drawing, alt)
+
+# %% [markdown] lang="en"
+# Why can we rely on equal weights at the start? `fresh` sets the same seed in every process. Scripts for clusters
+# often broadcast rank 0's weights as well, to be sure. From then on weights stay equal by themselves: equal weights
+# and equal gradients give equal steps.
+#
+# The package cuts rows the same way, and also batches that are dictionaries of tensors (token ids, masks, labels):
+
+# %%
+viz.show_source(rows)
+
+# %% [markdown] lang="en"
+# **Exercise:** tasks 03a.1 (which rows are mine?), 03a.2 (cut them yourself) and 03a.3 (average the gradients).
+#
+# ## 2. Merge gradients, or merge updates?
+#
+# Section 3.2.2 of the document gives three steps: divide the data, train *independently* on every node, merge the
+# *parameter updates*. We merged gradients, before the update. Is that the same? Here are two ways for two ranks whose
+# gradients for one weight are 3 and −1:
+#
+# - merge gradients: both take one step with the mean gradient, 1;
+# - merge updates: one takes a step with 3, the other with −1, then both take the mean of the two weights.
+#
+# **Predict** for plain SGD (the step is −0.1 × gradient) and for Adam. Adam divides the gradient by its own recent
+# size, so that its first step is −0.1 × the *sign* of the gradient. Does the weight end at the same place?
+
+# %%
+prediction = None  # for instance {"SGD": "same", "Adam": "other"}
+
+
+def weight_after(optimizer, gradient):
+    """Where one step takes a weight that starts at 0."""
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    weight.grad = torch.full_like(weight, gradient)
+    optimizer([weight], lr=0.1).step()
+    return weight.item()
+
+
+print("you wrote:", prediction)
+for optimizer in (torch.optim.SGD, torch.optim.Adam):
+    by_gradients = weight_after(optimizer, (3 - 1) / 2)
+    by_updates = (weight_after(optimizer, 3) + weight_after(optimizer, -1)) / 2
+    print(f"{optimizer.__name__:<5} merging gradients: {by_gradients:.4f}, merging updates: {by_updates:.4f}")
+    assert (abs(by_gradients - by_updates) < 1e-12) == (optimizer is torch.optim.SGD)
+
+# %% [markdown] lang="en"
+# With SGD both ways end at −0.1. With Adam the ranks vote +1 and −1, and the weight stays where it was. The rule
+# behind it: SGD's update is *linear* in the gradient, so the mean of the updates is the update of the mean. Adam's is
+# not. Neither is gradient clipping, which divides by a norm that differs from rank to rank.
+#
+# Does it matter for a model? We train two copies side by side on every rank, one for each way, and measure after each
+# step how far apart they are, as a share of how far the weights have moved from the start.
+
+
+# %%
+def average(some, axis):
+    with torch.no_grad():
+        for x in some:
+            x.copy_(all_reduce(x, axis) / axis.size)
+
+
+def two_ways(kind, settings, batches):
+    axis, ways, apart = connect(Mesh(dp=4))["dp"], (fresh(), fresh()), []
+    start = torch.cat([p.detach().flatten() for p in fresh().parameters()])
+    optimizers = [kind(model.parameters(), **settings) for model in ways]
+    for batch in batches:
+        for model in ways:
+            model.zero_grad()
+            mean_loss(model, *my_rows(axis, *batch)).backward()
+        average([p.grad for p in ways[0].parameters()], axis)  # merge gradients,
+        for optimizer in optimizers:
+            optimizer.step()
+        average(ways[1].parameters(), axis)  # or merge updates
+        ends = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in ways]
+        apart.append(((ends[0] - ends[1]).norm() / (ends[0] - start).norm()).item())
+    return apart
+
+
+# %%
+batches = list(corpus.batches(steps=3, rows=8, context=32))
+cases = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1}),
+    "SGD with momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),
+}
+apart = {name: world.run(two_ways, kind, settings, batches)[0] for name, (kind, settings) in cases.items()}
+for name, steps in apart.items():
+    print(f"{name:<18} after each step:", *(f"{x:.0e}" for x in steps))
+assert max(apart["SGD"] + apart["SGD with momentum"]) < 1e-12 and min(apart["AdamW"]) > 0.1
+
+# %%
+drawing, (panel,) = viz.figure(6.5, 2.8)
+for (name, steps), color, marker in zip(apart.items(), viz.PALETTE[4:], "osv", strict=False):
+    panel.semilogy(range(1, 4), steps, color=color, marker=marker, label=name)
+panel.set(xticks=[1, 2, 3], xlabel="step", ylabel="apart, share of the way", ylim=(1e-17, 100))
+panel.set_title("Merging updates against merging gradients", fontsize=10)
+panel.legend(frameon=False, fontsize=9, loc="center right")
+alt = (
+    "Distance between weights from merged updates and from merged gradients over three steps. For SGD with and without "
+    "momentum it stays near 1e-14; for AdamW it is a large share of the way from the first step on."
+)
+viz.show(drawing, alt)
+
+# %% [markdown] lang="en"
+# So the document's description holds for SGD, with momentum too, and only if the ranks merge after every step. For
+# Adam, which trains nearly every language model, it describes another algorithm. If ranks train for many steps before
+# they merge, that is another one again, with a name and a use of its own: *local SGD* (Stich 2019), or *federated
+# averaging* where the data may not leave its owner (McMahan et al. 2017). It is not wrong, it is not what one process
+# would do. **Merging gradients gives what one process gives, with every optimizer**, and sends the same number of
+# bytes. So this is what training libraries mean by data parallelism.
+#
+# **Exercise:** task 03a.8 (merge the updates yourself, and predict for four optimizers).
+#
+# ## 3. Fewer calls: buckets
+#
+# Each call costs something before its first byte moves: ranks find each other, messages set off. This is the latency
+# of chapter 2b, and a ring pays it 2(n − 1) times a call. Our smallest gradients have 128 numbers. Real models have
+# thousands of parameter tensors. So put many gradients side by side in one flat tensor, a **bucket**, and all-reduce
+# that.
+#
+# **Question.** Fill buckets from the back of the model, and close one as soon as it holds 512 KiB (524,288 bytes).
+# How many calls, and how many bytes does a rank send? More than before, fewer, the same?
+
+# %%
+prediction = None  # (calls, bytes)
+
+
+def cut_into_buckets(parameters, limit):
+    buckets, full = [], True
+    for p in list(parameters)[::-1]:
+        if full:
+            buckets.append([])
+        buckets[-1].append(p)
+        full = sum(q.nbytes for q in buckets[-1]) >= limit
+    return buckets
+
+
+def pack(bucket):
+    return torch.cat([p.grad.flatten() for p in bucket])
+
+
+def unpack(flat, bucket):
+    for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        p.grad = part.view_as(p)
+
+
+# %%
+def bucketed(tokens, targets, limit):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    mean_loss(model, *my_rows(axis, tokens, targets)).backward()
+    with ledger() as book:
+        for bucket in cut_into_buckets(model.parameters(), limit):
+            unpack(all_reduce(pack(bucket), axis) / axis.size, bucket)
+    return gradient(model), book.calls("dp"), book.bytes("dp")
+
+
+LIMIT = 512 * 1024
+merged, calls, sent = world.run(bucketed, tokens, targets, LIMIT)[0]
+print("you wrote:", prediction, "- each rank:", (calls, sent))
+assert distance(merged, alone) < 1e-12 and sent == 2 * 3 / 4 * M
+assert calls == len(cut_into_buckets(model.parameters(), LIMIT)) < tensors / 4
+
+# %% [markdown] lang="en"
+# The same bytes in far fewer calls. What is it worth in time? The bars are your own machine's: milliseconds for the
+# exchange alone, for several limits. Here all messages stay within one computer, so latency is small; between
+# computers it weighs more.
+
+
+# %%
+def exchange_seconds(limit, repeats=5):
+    axis, model, taken = connect(Mesh(dp=4))["dp"], fresh(), []
+    buckets = [sum(p.numel() for p in bucket) for bucket in cut_into_buckets(model.parameters(), limit)]
+    flats = [torch.ones(size, dtype=torch.float64) for size in buckets]
+    for _ in range(repeats):
+        all_reduce(torch.zeros(1), axis)  # all ranks begin together
+        start = time.perf_counter()
+        for flat in flats:
+            all_reduce(flat, axis)
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[repeats // 2], len(buckets)
+
+
+limits = {"a tensor each": 1, "128 KiB": 2**17, "512 KiB": 2**19, "2 MiB": 2**21, "all in one": 2**40}
+found = {name: max(world.run(exchange_seconds, limit)) for name, limit in limits.items()}
+names = [f"{name}: {calls} call{'s' * (calls > 1)}" for name, (_, calls) in found.items()]
+times = [1000 * seconds for seconds, _ in found.values()]
+viz.show(viz.draw_bars(names, {"time": times}, "ms for one exchange, on this machine", "Size of buckets"))
+
+# %% [markdown] lang="en"
+# **The package's version.** Our `pack` copies all gradients into a new tensor, and `unpack` back. minipar allocates
+# one flat buffer once, and makes every `.grad` a *view* of its piece, a window into the same memory. `backward()`
+# writes into the buffer, and the optimizer reads from it: nothing is copied, no second set of gradients exists. A
+# bucket is a slice of the buffer.
+
+# %%
+viz.show_source(Gradients.__init__, Gradients.attach)
+
+# %% [markdown] lang="en"
+# `register_post_accumulate_grad_hook`, near the end of `__init__`, is for the next section. `attach` is called before
+# each step, because `optimizer.zero_grad()` by default drops the gradients, views and all.
+#
+# **Exercise:** task 03a.5 (one call for all gradients).
+#
+# ## 4. While backward still runs
+#
+# If few calls are good, why not one? Because of *when* it can start. Backward computes gradients one by one. As soon
+# as a bucket's last gradient is there, its all-reduce could set off, while backward goes on with the rest.
+#
+# PyTorch lets you watch. A **hook** is a function of yours that PyTorch calls at a certain moment; the one with the
+# long name is called each time a parameter's gradient is complete.
+#
+# **Question.** Whose gradient is ready first, the one of the token embedding (which forward uses first) or the one of
+# the head (which it uses last)?
+
+# %%
+prediction = None  # "embed" or "head"
+
+model, ready = fresh(), []
+for name, p in model.named_parameters():
+    p.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))
+mean_loss(model, tokens, targets).backward()
+print("you wrote:", prediction)
+print("first:", *ready[:3], sep="\n  ")
+print("last:", *ready[-3:], sep="\n  ")
+assert ready[0] == "head.weight" and ready[-1].startswith("embed.") and len(ready) == tensors
+
+# %% [markdown] lang="en"
+# Backward walks from the loss to the input, so gradients come from the back of the model to its front. That is why we
+# filled the buckets from the back. Now the attempt: start each bucket's all-reduce from the hook, *without waiting*
+# (`start_all_reduce` sums in place and returns at once, as `isend` did), and wait for all of them at the end.
+
+
+# %%
+def overlapped(axis, model, tokens, targets, limit, start=start_all_reduce):
+    buckets = cut_into_buckets(model.parameters(), limit)
+    place = {p: i for i, bucket in enumerate(buckets) for p in bucket}
+    missing, started = [len(bucket) for bucket in buckets], {}
+
+    def ready(p):  # called when p.grad is complete
+        i = place[p]
+        missing[i] -= 1
+        if missing[i] == 0:
+            started[i] = start(pack(buckets[i]), axis)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(ready)
+    mean_loss(model, *my_rows(axis, tokens, targets)).backward()
+    for i, pending in started.items():
+        unpack(pending.wait() / axis.size, buckets[i])
+
+
+# %%
+def run_overlapped(tokens, targets, limit):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    with ledger() as book:
+        overlapped(axis, model, tokens, targets, limit)
+    return gradient(model), book.calls("dp"), book.bytes("dp")
+
+
+merged, calls_now, sent = world.run(run_overlapped, tokens, targets, LIMIT)[0]
+print(f"{calls_now} calls, {sent:,} bytes, distance to one process {distance(merged, alone):.0e}")
+assert distance(merged, alone) < 1e-12 and (calls_now, sent) == (calls, 2 * 3 / 4 * M)
+
+# %% [markdown] lang="en"
+# The same gradient, the same calls and bytes. The difference is in time, so let us record it: on rank 0, when each
+# gradient was ready, and when each bucket set off and arrived. Once with one large bucket, once with 512 KiB.
+#
+# **Predict:** sketch both pictures, with time to the right. Where does the one large bucket begin?
+
+
+# %%
+def recorded(tokens, targets, limit):
+    axis, model, ready, moved, done = connect(Mesh(dp=4))["dp"], fresh(), [], [], []
+
+    def start(x, axis):
+        began, pending = time.perf_counter(), start_all_reduce(x, axis)
+        arrival = pending.work.get_future().then(lambda _: moved.append((began, time.perf_counter())))
+        done.append(arrival)
+        return pending
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: ready.append(time.perf_counter()))
+    overlapped(axis, model, tokens, targets, limit, start)
+    for arrival in done:
+        arrival.wait()
+    return [t - ready[0] for t in ready], [(a - ready[0], b - ready[0]) for a, b in moved]
+
+
+for _ in range(2):  # the first round is for warming up
+    records = {
+        "one bucket": world.run(recorded, tokens, targets, 2**40)[0],
+        "512 KiB": world.run(recorded, tokens, targets, LIMIT)[0],
+    }
+
+
+# %%
+def draw_exchange(panel, ready, moved, title):
+    """Above: when gradients were ready. Below: each bucket from its start to its arrival."""
+    panel.barh(0, 1000 * ready[-1], height=0.8, color=viz.PALETTE[1], alpha=0.35)
+    panel.eventplot([1000 * t for t in ready], lineoffsets=0, linelengths=0.8, colors=viz.INK, linewidths=0.7)
+    for i, (start, end) in enumerate(moved):
+        panel.barh(i + 1, 1000 * (end - start), left=1000 * start, height=0.8, color=viz.PALETTE[0], ec=viz.INK, lw=0.5)
+    panel.set(ylim=(len(moved) + 0.7, -0.7), xlabel="ms since the first gradient was ready")
+    panel.set_yticks([0, len(moved) // 2 + 1], ["backward", "buckets"])
+    panel.tick_params(axis="y", length=0)
+    panel.set_title(title, fontsize=10, loc="left")
+
+
+drawing, panels = viz.figure(8, 5, rows=2)
+for panel, (name, (ready, moved)) in zip(panels, records.items(), strict=True):
+    draw_exchange(panel, ready, moved, f"{name}: recorded on rank 0 of this machine")
+longest = max(moved[-1][1] for _, moved in records.values())
+for panel in panels:
+    panel.set_xlim(0, 1030 * longest)
+early = sum(start < records["512 KiB"][0][-1] for start, _ in records["512 KiB"][1])
+alt = (
+    "Two recorded exchanges. With one bucket, sending begins when backward has ended. With buckets of 512 KiB, "
+    f"{early} of {calls} set off while backward still computes gradients, the first one soon after its start."
+)
+viz.show(drawing, alt)
+
+# %% [markdown] lang="en"
+# The thin lines are gradients becoming ready. With one bucket, nothing moves before the last of them. With smaller
+# buckets most of the sending lies *under* backward, and only the last bucket comes after it.
+#
+# What the picture shows is order. Do not read a speed-up from it: here the ranks and the sending share two cores or a
+# few, and what one takes the other lacks. On a GPU, other parts of the chip and the network card move the bytes,
+# and time under backward is nearly free.
+#
+# So bucket size is a compromise. Small buckets start early and pay latency often; large ones start late. The explorer
+# below takes the ready times recorded above and *estimates* the rest: a bucket sets off when it is complete and the
+# one before it has arrived, and takes 2(n − 1)α + 2(n − 1)/n × bytes / bandwidth. **Before you move it:** which size
+# wins on the slow network, and does the same one win on the fast one?
+
+# %%
+ready = records["512 KiB"][0]
+networks = {"0.5 ms, 0.1 GB/s": (5e-4, 1e8), "50 µs, 1 GB/s": (5e-5, 1e9), "5 µs, 10 GB/s": (5e-6, 1e10)}
+
+
+def estimate(bucket, network):
+    """When each bucket starts and arrives, with ready times as recorded."""
+    (alpha, bandwidth), moved, count, free = networks[network], [], 0, 0.0
+    for some in cut_into_buckets(fresh().parameters(), limits[bucket]):
+        count += len(some)
+        start = max(free, ready[count - 1])
+        free = start + 6 * alpha + 1.5 * sum(p.nbytes for p in some) / bandwidth  # n = 4
+        moved.append((start, free))
+    return moved
+
+
+def draw_estimate(network, bucket):
+    moved = estimate(bucket, network)
+    drawing, (panel,) = viz.figure(8, 3.4)
+    late = 1000 * (moved[-1][1] - ready[-1])
+    draw_exchange(panel, ready, moved, f"estimate: {len(moved)} calls, done {late:.1f} ms after backward")
+    panel.set_xlim(0, 1030 * max(estimate(other, network)[-1][1] for other in limits))
+    result = f"{len(moved)} calls, the last arrives {late:.1f} ms after backward"
+    return viz.describe(drawing, f"Estimate for {network}, buckets: {bucket}. {result}.")
+
+
+explore(draw_estimate, network=networks, bucket=list(limits))
+
+# %% [markdown] lang="en"
+# On the slow network many calls cost more than they gain, and one bucket wastes the time under backward: a size in
+# between wins. On the fast network almost any size will do.
+#
+# **The package's version** is these few lines, on the buffer that you saw above:
+
+# %%
+viz.show_source(Gradients._ready, Gradients._start, Gradients.finish)
+
+# %% [markdown] lang="en"
+# Three things are better than in ours:
+#
+# - **Order.** The first loop starts a bucket only if all earlier ones have started. Collectives are matched by order
+#   alone: if one rank's backward took another path, and it started bucket 3 before 2, ranks would add apples to pears.
+# - **Parameters without a gradient.** If a layer was not used, its hook never comes and ours would leave the other
+#   ranks waiting. `finish` starts what is left.
+# - **No copies**, and no division at the end. The loss was divided by the number of *all* tokens before backward, so
+#   the sum is the answer. Section 6 shows why this is more than a convenience.
+#
+# Its default bucket has 4 MiB. The whole gradient of our GPT in float32 is smaller than that, so it goes in one:
+
+# %%
+assert BUCKET == 4 * 2**20 > 4 * P
+print(f"default bucket: {BUCKET:,} bytes; the small GPT's gradient in float32: {4 * P:,}")
+print(f"buckets for a model of 7 billion parameters in 16 bits, at least: {2 * 7e9 / BUCKET:,.0f}")
+
+# %% [markdown] lang="en"
+# **Exercise:** task 03a.7 (send while backward still runs).
+#
+# ## 5. Several backwards, one exchange
+#
+# A rank's rows may be too many for its memory at once. Then it cuts them into **microbatches** and runs forward and
+# backward for one after the other. PyTorch helps: `backward()` *adds* to `.grad`. After the last microbatch the sum is
+# there. This is **gradient accumulation**.
+#
+# **Question.** Two microbatches on each rank. Program A exchanges gradients after each of them, program B once after
+# the last. Which of the two gives the gradient of one process: A, B, both? And how many bytes does A send, compared
+# with B?
+
+# %%
+prediction = None  # (who is right, bytes of A / bytes of B)
+
+
+def accumulate(tokens, targets, every_time):
+    axis, model, microbatches = connect(Mesh(dp=4))["dp"], fresh(), 2
+    mine, wanted = my_rows(axis, tokens, targets)
+    with ledger() as book:
+        for i in range(microbatches):
+            part = mean_loss(model, rows(mine, microbatches)[i], rows(wanted, microbatches)[i])
+            (part / microbatches).backward()
+            if every_time or i == microbatches - 1:
+                average([p.grad for p in model.parameters()], axis)
+    return gradient(model), book.bytes("dp")
+
+
+(a, bytes_a), (b, bytes_b) = (world.run(accumulate, tokens, targets, every_time)[0] for every_time in (True, False))
+print("you wrote:", prediction)
+print(f"A: distance to one process {distance(a, alone):.0e}, {bytes_a:,} bytes sent by each rank")
+print(f"B: distance to one process {distance(b, alone):.0e}, {bytes_b:,} bytes")
+assert distance(a, alone) < 1e-12 and distance(b, alone) < 1e-12
+assert bytes_a == 2 * bytes_b and bytes_b == 2 * 3 / 4 * M
+
+# %% [markdown] lang="en"
+# Both are right. A is right because what was averaged before is equal on all ranks, and the mean of equal numbers
+# changes nothing. (With a sum in place of a mean, A would be wrong: the first microbatch would count four times.) But
+# A sends twice as much, and with 64 microbatches 64 times as much. No test of values would notice. **Count bytes.**
+#
+# Hooks do A by default: they come after every backward. So the package arms them only before the last one of a step
+# (PyTorch's DDP has `no_sync()` for the others):
+
+# %%
+viz.show_source(Gradients.arm)
+
+
+def one_step(tokens, targets, microbatches):
+    model = parallelize(fresh(), Mesh(dp=4), microbatches=microbatches)
+    with ledger() as book:
+        model.step(tokens, targets)
+    return torch.cat([g.flatten() for g in model.full_gradients().values()]), book.bytes("dp")
+
+
+for microbatches in (1, 2, 4):
+    batch = [x.repeat(2, 1) for x in (tokens, targets)]  # 16 rows, each twice: the same mean, the same gradient
+    got, sent = world.run(one_step, *batch, microbatches)[0]
+    print(f"{microbatches} microbatches: distance {distance(got, alone):.0e}, {sent:,} bytes sent by each rank")
+    assert distance(got, alone) < 1e-12 and sent == 2 * 3 / 4 * (M + 16)
+
+# %% [markdown] lang="en"
+# The same bytes for any number of microbatches. The 16 bytes beside $M$ are two more numbers that travel, and the
+# next section needs them: the sum of the losses, and the number of tokens.
+#
+# ## 6. Loading in parallel, and unequal shares
+#
+# The document counts less time for loading and preparing data among the advantages of data parallelism (3.3.2). This
+# holds if each rank prepares only its own share. Let us see it for **tokenizing**, turning text into token ids. Each
+# rank takes a quarter of the text. A cut must not go through the middle of a token, so we cut at empty lines.
+#
+# **Predict:** are the four pieces, put together, the same tokens as those of the whole text? And by how much is the
+# time divided on your machine?
+
+# %%
+prediction = None  # (same?, times faster)
+
+
+def tokenize_share(text, parts, index):
+    cuts = [0, *(text.index("\n\n", len(text) * i // parts) + 1 for i in range(1, parts)), len(text)]
+    share = text[cuts[index] : cuts[index + 1]]
+    start = time.perf_counter()
+    ids = corpus.tokenizer().encode(share).ids
+    return ids, len(share), time.perf_counter() - start
+
+
+def on_my_rank(text):
+    axis = connect(Mesh(dp=4))["dp"]
+    all_reduce(torch.zeros(1), axis)  # all begin together
+    return tokenize_share(text, axis.size, axis.index)
+
+
+text = corpus.text()
+_, _, one = tokenize_share(text, 1, 0)
+pieces, lengths, seconds = zip(*world.run(on_my_rank, text), strict=True)
+assert sum(pieces, []) == corpus.tokens().tolist() and max(lengths) < 0.26 * len(text)
+print("you wrote:", prediction, "- same tokens: True, characters on each rank:", lengths)
+bars = {"time": [one, max(seconds)]}
+viz.show(viz.draw_bars(["one process", "slowest of 4 ranks"], bars, "seconds, on this machine", "Tokenizing the text"))
+
+# %% [markdown] lang="en"
+# The claim holds: each rank handles a quarter of the characters, and the tokens are the same. (Time falls as far as
+# there are cores: with two, four ranks cannot be four times as fast.)
+#
+# The same goes for training batches. All ranks draw the same random positions from the same seed, which is cheap, and
+# each *reads* only its own rows. Two mistakes lurk here, and both give a loss that falls: if every rank reads the
+# same rows, you pay for four ranks and train with one; if every rank draws from its own seed, some rows come twice.
+#
+# ### Ten rows on four ranks
+#
+# 10 rows do not divide by 4: two ranks get 2, two get 3. Each takes the mean loss over its own rows, and then the
+# ranks average. First with plain numbers: rank 0 has losses 1, 2 and 3, rank 1 has the loss 9.
+
+# %%
+first, second = [1, 2, 3], [9]
+mean_of_means = (sum(first) / len(first) + sum(second) / len(second)) / 2
+mean = sum(first + second) / len(first + second)
+print("mean of means:", mean_of_means, "- mean:", mean)
+assert (mean_of_means, mean) == (5.5, 3.75)
+
+# %% [markdown] lang="en"
+# A **mean of means is not the mean** when the shares are unequal. The single row of rank 1 counts three times as much
+# as each row of rank 0. The same happens with equal rows if some labels do not count, for instance because short
+# texts are filled up with padding.
+#
+# **Question.** How far is the gradient of 10 rows on 4 ranks from the one of one process, if ranks average their mean
+# gradients: nothing, about a thousandth, about a tenth? And how would you repair it?
+
+# %%
+prediction = None  # distance
+
+ten = next(corpus.batches(steps=1, rows=10, context=64, seed=1))
+
+
+def uneven(tokens, targets, fair):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    mine, wanted = my_rows(axis, tokens, targets)
+    total, count = mean_loss(model, mine, wanted) * wanted.numel(), torch.tensor(wanted.numel())
+    everyone = all_reduce(count, axis) if fair else count * axis.size
+    (total / everyone).backward()  # summed over the ranks: a mean over all tokens, or a mean of means
+    return all_reduce(gradient(model), axis)
+
+
+model = fresh()
+mean_loss(model, *ten).backward()
+alone_ten = gradient(model)
+unfair, fair = (distance(world.run(uneven, *ten, fair)[0], alone_ten) for fair in (False, True))
+print(f"you wrote: {prediction} - mean of means: {unfair:.3f}, sums and counts: {fair:.0e}")
+assert unfair > 0.01 and fair < 1e-12
+
+# %% [markdown] lang="en"
+# The repair: do not pass means around, but **sums and counts**. Each rank divides the *sum* of its losses by the
+# number of tokens on *all* ranks. The gradients then only have to be added. What each row weighs, both ways:
+
+# %%
+owner = [rank for rank, share in enumerate(rows(torch.arange(10), 4)) for _ in share]
+weight = [1 / 4 / owner.count(rank) for rank in owner]
+drawing, (panel,) = viz.figure(6.5, 2.6)
+panel.bar(range(10), weight, color=[viz.PALETTE[rank] for rank in owner], edgecolor=viz.INK, linewidth=0.6)
+for row, rank in enumerate(owner):
+    panel.text(row, 0.004, f"rank {rank}", ha="center", fontsize=7, color=viz.INK)
+panel.axhline(0.1, color=viz.INK, linestyle="--", linewidth=1)
+panel.text(9.6, 0.101, "right: 1/10", ha="right", va="bottom", fontsize=8, color=viz.INK)
+panel.set(xticks=range(10), xlabel="row", ylabel="its weight in the mean of means")
+alt = (
+    "The weight of each of ten rows in a mean of means on four ranks: 1/8 for the rows of ranks 0 and 2, which have "
+    "two each, 1/12 for those of ranks 1 and 3, which have three. The right weight, 1/10, is a dashed line."
+)
+viz.show(drawing, alt)
+assert sorted(set(weight)) == [1 / 12, 1 / 8]
+
+# %% [markdown] lang="en"
+# **The package's version** makes the mistake impossible to write: a loss returns `(sum, count)`, and the step divides
+# by the global count. `local=True` says that each rank brings rows of its own, of any number:
+
+# %%
+viz.show_source(minipar.cross_entropy)
+
+
+def own_rows(tokens, targets, ends):
+    axis = connect(Mesh(dp=4))["dp"]
+    mine = slice(ends[axis.index], ends[axis.index + 1])
+    model = parallelize(fresh(), Mesh(dp=4))
+    loss = model.step(tokens[mine], targets[mine], local=True)
+    return loss.item(), torch.cat([g.flatten() for g in model.full_gradients().values()])
+
+
+for loss, got in world.run(own_rows, *ten, [0, 1, 3, 4, 10]):  # 1, 2, 1 and 6 rows
+    assert distance(got, alone_ten) < 1e-12 and abs(loss - mean_loss(fresh(), *ten).item()) < 1e-12
+print(f"1, 2, 1 and 6 rows: distance to one process {distance(got, alone_ten):.0e}, loss {loss:.6f} on every rank")
+
+# %% [markdown] lang="en"
+# **Exercise:** task 03a.4 (a mean of means is not the mean).
+#
+# ## 7. The bug that a loss curve hides
+#
+# `all_reduce` sums. Suppose that someone forgets the division by the number of ranks. All gradients are then four
+# times too large. We train twice with AdamW, right and wrong.
+#
+# **Predict:** what do you see when you lay the two loss curves on top of each other? What is their largest difference
+# in 20 steps, when the loss itself is about 6?
+
+# %%
+prediction = None  # the largest difference of the losses
+
+
+def train(batches, kind, lr, divide_by):
+    axis, model, losses = connect(Mesh(dp=4))["dp"], fresh(torch.float32), []
+    optimizer = kind(model.parameters(), lr=lr)
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = mean_loss(model, *my_rows(axis, *batch))
+        loss.backward()
+        unpack(all_reduce(gradient(model), axis) / divide_by, list(model.parameters()))
+        optimizer.step()
+        losses.append(loss.detach())
+    return (all_reduce(torch.stack(losses), axis) / axis.size).tolist()
+
+
+batches = list(corpus.batches(steps=20, rows=8, context=32))
+adam, sgd = (
+    [world.run(train, batches, kind, lr, divide_by)[0] for divide_by in (4, 1)]
+    for kind, lr in ((torch.optim.AdamW, 1e-3), (torch.optim.SGD, 0.5))
+)
+gaps = [max(abs(x - y) for x, y in zip(*curves, strict=True)) for curves in (adam, sgd)]
+print(f"you wrote: {prediction} - largest difference with AdamW: {gaps[0]:.4f}; with SGD: {gaps[1]:.2f}")
+assert gaps[0] < 0.01 < 0.1 < gaps[1]
+
+# %%
+drawing, panels = viz.figure(8, 2.9, columns=2)
+for panel, (right, wrong), name in zip(panels, (adam, sgd), ("AdamW", "SGD"), strict=True):
+    panel.plot(range(1, 21), right, color=viz.PALETTE[0], linewidth=6, label="right")
+    panel.plot(range(1, 21), wrong, color=viz.PALETTE[6], linewidth=1.5, label="gradients 4 × too large")
+    panel.set(xlabel="step", title=name, xticks=[1, 5, 10, 15, 20])
+panels[0].set_ylabel("loss")
+panels[0].legend(frameon=False, fontsize=9)
+alt = (
+    "Loss over 20 steps with right gradients and with gradients four times too large. With AdamW the two curves lie on "
+    "top of each other; with SGD they part from the second step on."
+)
+viz.show(drawing, alt)
+
+# %% [markdown] lang="en"
+# With AdamW the curves are one curve. Adam divides each gradient by its own recent size, so a constant factor cancels.
+# This is no invented example: bugs of this kind have lived for years in public training code, next to a plot of a
+# falling loss. They bite later: weight decay and learning rate are tuned around them, clipping by norm cuts four
+# times too early, and the first run with SGD goes astray.
+#
+# **A loss curve is no test.** What is one: the gradient, raw, in float64, against one process.
+
+
+# %%
+def summed(tokens, targets, divide_by):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    mean_loss(model, *my_rows(axis, tokens, targets)).backward()
+    return all_reduce(gradient(model), axis) / divide_by
+
+
+for label, divide_by in (("right", 4), ("wrong", 1)):
+    off = distance(world.run(summed, tokens, targets, divide_by)[0], alone)
+    verdict = "holds" if off < 1e-12 else "BROKEN"
+    print(f"{label}: distance to one process {off:.0e}. Gradient law {verdict}")
+    assert (off < 1e-12) == (label == "right")
+
+# %% [markdown] lang="en"
+# One step, no training, and the verdict is not a matter of taste: a distance of 3 means that the gradient is off by
+# three times itself, so it is four times too large. Every layout of minipar is held to this law by its tests.
+#
+# **Exercise:** task 03a.9 (mend a step that has a bug of this kind).
+#
+# ## 8. Bytes and seconds
+#
+# Chapter 2b derived what a rank sends in a ring all-reduce: 2(n − 1)/n × $M$. Let us hold it against the ledger for
+# several numbers of ranks, with the library's all-reduce and with the ring that is written out from `isend` and
+# `irecv`, whose every message is booked on its own.
+#
+# **Question.** You go from 4 ranks to 1,024. By what factor does the number of bytes grow that *each rank* sends?
+
+# %%
+prediction = None  # factor
+
+
+def sent_by_each(operation, mesh, count):
+    with ledger() as book:
+        operation(torch.ones(count), connect(mesh)["dp"])
+    return book.bytes("dp")
+
+
+size = 4 * P  # the small GPT's gradient in float32
+for n in (2, 4, 8):
+    with World(n) as some:
+        library, ring = (set(some.run(sent_by_each, f, Mesh(dp=n), P)) for f in (all_reduce, ring_all_reduce))
+    assert library == ring == {2 * (n - 1) / n * size}
+    print(f"{n} ranks: each sends {library.pop():>9,} bytes = {2 * (n - 1) / n} M")
+factor = (2 * 1023 / 1024) / (2 * 3 / 4)
+print(f"you wrote: {prediction} - from 4 to 1,024 ranks: {factor:.2f} times")
+assert factor < 4 / 3
+
+# %% [markdown] lang="en"
+# Never more than 2 $M$, whatever the number of ranks. This is why data parallelism scales so far. What grows is the
+# number of messages, 2(n − 1) one after the other, and what *shrinks* is the work that the sending can hide behind.
+#
+# Let us estimate a step. The model is simple: computing costs 6 operations for each parameter and token (2 forward,
+# 4 backward); a ring costs α for each message and bytes / bandwidth; and sending can hide behind backward, not behind
+# forward. The speeds are round numbers that we *assume*, not measurements.
+
+# %%
+SPEED = 4e14  # operations a second that one GPU sustains
+NETWORKS = {"400 Gbit/s": (1e-5, 50e9), "300 GB/s, one machine": (5e-6, 300e9), "10 Gbit/s": (5e-5, 1.25e9)}
+PER_STEP = {"4,194,304 tokens for all": lambda n: 2**22 / n, "16,384 tokens a rank": lambda n: 2**14}
+
+
+def exchange(parameters, ranks, network):
+    """Seconds of a ring all-reduce of 16-bit gradients (2 bytes each): an estimate."""
+    alpha, bandwidth = NETWORKS[network]
+    return 2 * (ranks - 1) * alpha + 2 * (ranks - 1) / ranks * 2 * parameters / bandwidth
+
+
+def step_seconds(parameters, tokens, ranks, network):
+    """Seconds of (forward, backward, exchange, the step with sending hidden as far as it can be): an estimate."""
+    forward, backward = 2 * parameters * tokens / SPEED, 4 * parameters * tokens / SPEED
+    sending = exchange(parameters, ranks, network)
+    return forward, backward, sending, forward + max(backward, sending)
+
+
+for n in (1, 64, 1024):
+    *_, sending, step = step_seconds(7e9, 2**22 / n, n, "400 Gbit/s")
+    print(f"7B model, 4,194,304 tokens, {n:>4} ranks: sending {sending:6.2f} s, step {step:7.2f} s")
+
+# %% [markdown] lang="en"
+# **Before you move it:** on which network, and with which way of counting tokens, do 1,024 ranks still pay off?
+
+
+# %%
+def draw_step(network, tokens):
+    ranks = [2**k for k in range(11)]
+    forward, backward, sending, step = zip(
+        *(step_seconds(7e9, PER_STEP[tokens](n), n, network) for n in ranks), strict=True
+    )
+    computing = [f + b for f, b in zip(forward, backward, strict=True)]
+    drawing, (panel,) = viz.figure(7, 3.3)
+    panel.loglog(ranks, computing, color=viz.PALETTE[1], marker="o", label="computing")
+    panel.loglog(ranks[1:], sending[1:], color=viz.PALETTE[5], marker="s", label="sending")
+    panel.loglog(ranks, step, color=viz.INK, linewidth=2, label="step, sending hidden where possible")
+    panel.set(xlabel="ranks", ylabel="seconds (estimate)", ylim=(0.05, 500), xticks=ranks[::2])
+    panel.set_xticks(ranks[::2], [f"{n:,}" for n in ranks[::2]], minor=False)
+    panel.minorticks_off()
+    panel.legend(frameon=False, fontsize=9)
+    share = computing[-1] / step[-1]
+    panel.set_title(f"7B model: 1,024 ranks compute {share:.0%} of the time", fontsize=10)
+    last = f"computing {computing[-1]:.2f} s, sending {sending[-1]:.2f} s, step {step[-1]:.2f} s"
+    sentence = f"Estimated step of a 7B model on 1 to 1,024 ranks, {network}, {tokens}. On 1,024 ranks: {last}."
+    return viz.describe(drawing, sentence)
+
+
+explore(draw_step, network=NETWORKS, tokens=PER_STEP)
+
+# %% [markdown] lang="en"
+# With a fixed number of tokens for all, computing shrinks with every rank that you add and sending does not. Where the
+# lines cross, more ranks stop helping. With a fixed number of tokens *a rank*, the lines stay apart. But then the
+# batch grows with the ranks, and beyond some size a larger batch teaches the model little more per step.
+#
+# Where do they cross? Backward takes 4 $P t/S$ seconds for $t$ tokens on a rank and speed $S$; sending close to
+# 4 $P/B$ for bandwidth $B$. The parameters cancel: **sending hides behind backward if a rank has at least $S/B$ tokens
+# a step**, however large the model.
+
+# %%
+for network, (_, bandwidth) in NETWORKS.items():
+    enough = SPEED / bandwidth
+    for parameters in (1e8, 7e9, 1e12):
+        sending = 2 * 2 * parameters / bandwidth  # many ranks, latency left out
+        assert abs(4 * parameters * enough / SPEED - sending) < 1e-9 * sending
+    print(f"{network:<22} at least {enough:>9,.0f} tokens a rank and step")
+
+# %% [markdown] lang="en"
+# The document's list of drawbacks says that data parallelism can hardly use its resources to the full (3.3.2). It
+# depends, and now you can say on what. Above $S/B$ tokens a rank, no other layout sends less or idles less; below, the
+# ranks wait for the network.
+#
+# **Exercise:** task 03a.6 (predict the bytes).
+#
+# ## 9. Memory: what a replica costs
+#
+# A rank's complete copy of the model is called a **replica**. While training with Adam, four numbers are kept for
+# each parameter: the weight, its gradient, and two that Adam remembers, a mean of recent gradients and a mean of their
+# squares. Those two are the **optimizer state**. In float32 each has 4 bytes.
+#
+# **Predict:** how many bytes does each of four ranks keep for our GPT in float32, and how many would one process keep?
+
+# %%
+prediction = None  # (each of four ranks, one process)
+
+
+def kept(tokens, targets, mesh):
+    model = parallelize(fresh(torch.float32), mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.step(tokens, targets)
+    optimizer.step()
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    state = sum(x.nbytes for s in optimizer.state.values() for name, x in s.items() if name != "step")
+    return weights, gradients, state
+
+
+four = world.run(kept, tokens, targets, Mesh(dp=4))
+with World(1) as single:
+    one = single.run(kept, tokens, targets, Mesh())
+print("you wrote:", prediction, "- each of four:", sum(four[0]), "- one process:", sum(one[0]))
+assert four == one * 4 == [(4 * P, 4 * P, 8 * P)] * 4 and sum(four[0]) == 16 * P
+
+# %% [markdown] lang="en"
+# 16 bytes a parameter, with four ranks as with one. Each rank keeps the whole optimizer state, 8 bytes a parameter
+# here, though all copies of it are equal.
+#
+# In **mixed precision**, the usual way for large models, it is 16 again: 2 for a 16-bit weight, 2 for its gradient, and
+# 12 for the optimizer, which keeps a 32-bit weight and its two numbers. For a model of 7 billion parameters:
+
+# %%
+parts = {"weights": 2, "gradients": 2, "optimizer": 12}
+ranks = (1, 8, 64)
+sizes = {part: [per * 7e9 / 1e9] * len(ranks) for part, per in parts.items()}
+assert sum(parts.values()) * 7e9 == 112e9 and sizes["optimizer"] == [84.0] * 3
+names = ["1 rank", "each of 8 ranks", "each of 64 ranks"]
+viz.show(viz.draw_bars(names, sizes, "GB", "A 7B model, Adam, mixed precision, before activations"))
+
+# %% [markdown] lang="en"
+# The bars do not shrink. 112 GB on each rank, 84 of them optimizer state, do not fit a GPU of 80 GB, and no number of
+# GPUs changes that. The document says that data parallelism "may lead to lack of memory" (3.3.2). More exactly: it
+# does not cause the lack, it does not cure it. A replica needs what one process needs. What does fall is the memory
+# for **activations**, the intermediate results that backward needs: they go with the rows on a rank.
+#
+# It also lists lower cost as an advantage. Computing is the same work whether one rank does all rows or four do a
+# quarter each, and sending comes on top. The *hours* fall, the *GPU-hours* do not.
+#
+# ## 10. When is data parallelism alone enough?
+#
+# Three conditions, and each is one line:
+
+
+# %%
+def obstacles(parameters, ranks, tokens, network, memory=80e9, context=4096):
+    """What stands against data parallelism alone, for a step of so many tokens. Round assumptions as above."""
+    found = []
+    if 16 * parameters > memory:
+        found.append(f"a replica needs {16 * parameters / 1e9:,.0f} GB")
+    if tokens / context < ranks:
+        found.append(f"{tokens / context:,.0f} rows for {ranks:,} ranks")
+    _, backward, sending, _ = step_seconds(parameters, tokens / ranks, ranks, network)
+    if sending > backward:
+        found.append(f"sending takes {sending / backward:.1f} times as long as backward")
+    return found
+
+
+for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 70e9)):
+    for ranks, network in ((8, "300 GB/s, one machine"), (256, "400 Gbit/s"), (1024, "400 Gbit/s")):
+        found = obstacles(parameters, ranks, 2**21, network)
+        print(f"{name:>5} on {ranks:>5,} ranks, {network:<22}", "; ".join(found) or "enough")
+
+# %% [markdown] lang="en"
+# - **It is enough** when a replica fits one device with room for the activations, when the batch has a row for every
+#   rank, and when a rank has enough tokens to hide the sending. Then take it: nothing is simpler, and nothing sends
+#   less often.
+# - **It is not enough** when a replica does not fit. Then the model itself must be cut. It is not enough either when
+#   so many ranks share a batch that the sending shows. Then some of the ranks should do something else than hold one
+#   more replica.
+#
+# ## 11. The whole thing: `parallelize`
+#
+# The package does all of this in one line: `parallelize(model, Mesh(dp=4))`. Its `step` runs forward and backward for
+# every microbatch, with the exchange under the last backward, and divides by the global count:
+
+# %%
+viz.show_source(minipar.train.Parallel.step)
+
+# %% [markdown] lang="en"
+# You know every part of it: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count.
+# The executor in the middle runs forwards and backwards in the order of a schedule, and arms the hooks before the last
+# backward. `guess` is a small trick. The global count must be known before the first backward, but only the ranks
+# together know how many labels count. Where all do, the guess is right and nothing is left to do; else the gradients
+# are scaled once, at the end.
+#
+# **Predict:** the law for `parallelize`, for one and two microbatches, 8 rows and 10: at which distance from one
+# process will it end? Then one step of SGD: how far apart are the weights?
+
+# %%
+prediction = None  # (gradients, weights)
+
+
+def the_law(tokens, targets, mesh, microbatches):
+    model = parallelize(fresh(), mesh, microbatches=microbatches)
+    loss = model.step(tokens, targets)
+    got = torch.cat([g.flatten() for g in model.full_gradients().values()])
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return loss.item(), got, torch.cat([w.flatten() for w in model.full_state_dict().values()])
+
+
+start = torch.cat([p.detach().flatten() for p in fresh().parameters()])
+print("you wrote:", prediction)
+for batch, wanted, microbatches in ((tokens, targets), alone, 1), ((tokens, targets), alone, 2), (ten, alone_ten, 2):
+    for _, got, weights in world.run(the_law, *batch, Mesh(dp=4), microbatches):
+        off, moved = distance(got, wanted), distance(weights - start, -0.1 * wanted)
+        assert off < 1e-12 and moved < 1e-12
+    print(f"{len(batch[0]):>2} rows, {microbatches} microbatches: gradients {off:.0e}, step {moved:.0e}")
+
+# %% [markdown] lang="en"
+# And the run itself, recorded on all four ranks: two microbatches, each forward and backward. Everyone does the same
+# at about the same time, and nobody waits for anybody until the end of the step. It is the simplest timeline in this
+# course.
+
+
+# %%
+def timeline(tokens, targets):
+    model = parallelize(fresh(torch.float32), Mesh(dp=4), microbatches=2)
+    for _ in range(2):  # the first step is for warming up
+        model.step(tokens, targets)
+    return model.timeline()
+
+
+viz.show(viz.draw(world.run(timeline, tokens, targets)[0], title="Mesh(dp=4), recorded on this machine"))
+
+# %% [markdown] lang="en"
+# ## What you have now
+#
+# - **data parallelism**: whole model everywhere, other rows on each rank, one sum of gradients a step.
+# - **bucket**: many gradients in one call. **overlap**: a bucket sets off while backward still runs.
+# - **microbatch, accumulation**: several backwards, one exchange; the bytes do not depend on how many.
+# - **sum and count** travel, not means.
+# - **the gradient law**: raw gradients, float64, against one process. A loss curve is no test.
+# - **replica**: 16 bytes a parameter with Adam, on each rank, however many ranks there are.
+#
+# ## Three questions to take along
+#
+# 1. A model has 1 billion parameters and 16-bit gradients. How many bytes does each of 8 ranks send in a step with 32
+#    microbatches?
+# 2. A colleague doubles the ranks, keeps the global batch, and finds that the step does not get faster. What do you ask
+#    first?
+# 3. Why does the loss of a run with AdamW not tell you whether gradients were summed or averaged, and what does?
+#
+# <details><summary>Answers</summary>
+#
+# 1. 2 × 7/8 × 2 GB = 3.5 GB, once a step, whatever the number of microbatches.
+# 2. How many tokens a rank has in a step. Below $S/B$ (speed over bandwidth) the sending no longer hides behind
+#    backward.
+# 3. Adam divides by the gradient's own size, so a constant factor cancels. One gradient against one process, in
+#    float64, shows it at once.
+#
+# </details>
+
+# %%
+assert 2 * 7 / 8 * 2e9 == 3.5e9  # the first answer above
+
+# %% [markdown] lang="en"
+# **Next:** [the exercises](../exercises/03a_data_parallel.ipynb), nine graded tasks:
+#
+#     python -m minipar grade exercises/03a_data_parallel.ipynb
+#
+# And a first look at what to do when a replica does not fit. The mesh has other axes, which cut the model itself. The
+# function `the_law` above does not care. Give it a mesh on which two ranks share each matrix (`tp`), or each has half
+# of the layers (`pp`), and compare with one process again:
+
+# %%
+for mesh in (Mesh(dp=2, tp=2), Mesh(dp=2, pp=2), Mesh(pp=2, tp=2)):
+    for _, got, _ in world.run(the_law, tokens, targets, mesh, 2):
+        assert distance(got, alone) < 1e-12
+    print(f"{mesh}: distance to one process {distance(got, alone):.0e}")
+world.close()
