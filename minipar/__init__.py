@@ -1,5 +1,7 @@
 """Hybrid parallelism for language models, small enough to read whole."""
 
+from typing import Any
+
 from .collectives import Axis, connect
 from .mesh import Mesh
 from .model import Config, gpt
@@ -8,7 +10,7 @@ from .tensor import cross_entropy
 from .timeline import Costs, Timeline, bubble, simulate
 from .train import parallelize
 from .transport import ledger
-from .world import RankError, World, here
+from .world import RankError, World, here, main
 
 __all__ = [
     "Axis",
@@ -25,7 +27,15 @@ __all__ = [
     "gpt",
     "here",
     "ledger",
+    "main",
     "one_f_one_b",
     "parallelize",
     "simulate",
 ]
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext minipar` adds the cell magic %%spmd."""
+    from .magic import SPMD
+
+    shell.register_magics(SPMD)

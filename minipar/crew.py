@@ -6,6 +6,7 @@ it has threads. Elsewhere fork is not safe at all, and ranks start as fresh proc
 
 import multiprocessing
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -16,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 from . import travel
@@ -28,6 +30,7 @@ PRELOAD = ["torch._dynamo", "minipar.rank"]  # torch imports its compiler when t
 LOOK = 0.25  # seconds between two looks at the board
 QUIET = 5.0  # seconds without any movement after which ranks that all wait are called deadlocked
 SLOW = 60.0  # the same where all have come to their call, and only bytes may be under way
+SURE = 2.0  # seconds for which a rank's stack must not change to be taken as waiting
 REST = 0.2  # the same once a rank has failed
 GRACE = 1.0  # seconds at most that the others get to come to rest once a rank has failed
 
@@ -51,8 +54,8 @@ def warm() -> None:
 def _main_hidden() -> Iterator[None]:
     """A new process imports the caller's __main__ if it can tell where that lies. A rank must not: it would run the
     whole script once more."""
-    main = vars(sys.modules["__main__"])
-    kept = {name: main.get(name) for name in ("__file__", "__spec__") if name in main}
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: main.get(name) for name in ("__file__", "__spec__") if name in main}
     main["__file__"] = main["__spec__"] = None
     try:
         yield
@@ -194,6 +197,11 @@ class Crew:
         ended_well = len(ended) == self.size and not any(isinstance(e, Exit) for e in ended.values())
         return ended_well and self.board.balanced()
 
+    def _last_words(self, rank: int) -> tuple[Frame, ...]:
+        """The stack that Python wrote when the rank crashed, if it did."""
+        words = re.findall(r'File "(.*)", line (\d+) in (.*)', Path(f"{self.folder}/crash{rank}").read_text())
+        return tuple(Frame(file, int(line), function) for file, line, function in reversed(words))
+
     def witnesses(self, ended: dict[int, Any]) -> list[Witness]:
         """All that is known of each rank."""
         found = []
@@ -204,7 +212,7 @@ class Crew:
             elif isinstance(outcome, Failure):
                 found.append(Witness(rank, failure=outcome, standing=standing))
             elif isinstance(outcome, Exit):
-                found.append(Witness(rank, exit=outcome, standing=standing))
+                found.append(Witness(rank, exit=outcome, frames=self._last_words(rank), standing=standing))
             else:
                 found.append(Witness(rank, returned=True, standing=standing))
         return found
@@ -260,7 +268,7 @@ class Guard:
             return "a rank failed" if at_rest or now - self.failed >= GRACE else ""
         if not self.crew.ready or quiet < QUIET:
             return ""
-        if all(self._stuck(rank, quiet, now) for rank in waiting):
+        if all([self._stuck(rank, quiet, now) for rank in waiting]):  # a list: each is looked at every time
             return f"deadlock: every rank waits, and nothing has moved for {quiet:.0f} s"
         return ""
 
@@ -273,7 +281,7 @@ class Guard:
         # waits in one. One that sleeps is in a function that is not torch's.
         frames, used = self.crew.members[rank].where()
         before = self.samples.setdefault(rank, (frames, used, now))
-        if frames != before[0] or used - before[1] > 0.1 * (now - before[2]) + 0.02:
+        if frames != before[0] or used - before[1] > 0.05 + 0.05 * (now - before[2]):
             self.samples[rank] = frames, used, now
             return False
-        return bool(frames) and frames[-1].file.startswith(TORCH) and now - before[2] >= 2
+        return bool(frames) and frames[-1].file.startswith(TORCH) and now - before[2] >= SURE

@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -106,8 +107,8 @@ class Failure:
     exception: bytes | None = None  # pickled, where it can be
 
 
-def _frames(stack: traceback.StackSummary) -> tuple[Frame, ...]:
-    return tuple(Frame(f.filename, f.lineno or 0, f.name) for f in stack)
+def _frames(walk: Iterable[tuple[FrameType, int]]) -> tuple[Frame, ...]:
+    return tuple(Frame(f.f_code.co_filename, line, f.f_code.co_name) for f, line in walk)
 
 
 def _failure(e: BaseException, trace: TracebackType | None) -> Failure:
@@ -115,7 +116,7 @@ def _failure(e: BaseException, trace: TracebackType | None) -> Failure:
         exception = bytes(travel.dumps(e))
     except Exception:
         exception = None
-    return Failure(type(e).__name__, str(e), _frames(traceback.extract_tb(trace)), time.monotonic(), exception)
+    return Failure(type(e).__name__, str(e), _frames(traceback.walk_tb(trace)), time.monotonic(), exception)
 
 
 def _answer(job: bytes) -> memoryview:
@@ -145,7 +146,7 @@ class Seat:
     rank: int
     size: int
     device: str | None
-    folder: str  # with `store`, the file through which ranks find each other, and `board`
+    folder: str  # with the file through which ranks find each other, the board, and what a crash leaves
     watch: bool
 
 
@@ -162,7 +163,7 @@ def live(seat: Seat, jobs: Connection, control: Connection, out: Connection, err
         open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         for number in (1, 2)
     )
-    faulthandler.enable(sys.stderr, all_threads=False)
+    faulthandler.enable(open(f"{seat.folder}/crash{seat.rank}", "w"), all_threads=False)  # noqa: SIM115
     board = Board(f"{seat.folder}/board", seat.size, seat.rank)
     try:
         _join(seat)
@@ -197,8 +198,8 @@ def _tell_where(control: Connection, thread: int, folder: str) -> None:
     while True:
         try:
             control.recv_bytes()
-            stack = traceback.extract_stack(sys._current_frames().get(thread))
-            control.send_bytes(travel.dumps((_frames(stack), time.process_time())))
+            frames = _frames(traceback.walk_stack(sys._current_frames()[thread]))
+            control.send_bytes(travel.dumps((frames[::-1], time.process_time())))
         except (EOFError, OSError):
             shutil.rmtree(folder, ignore_errors=True)  # a killed caller could not
             os._exit(0)

@@ -11,10 +11,12 @@ from typing import TextIO
 
 import torch
 
-from .board import Standing, is_own
+from . import travel
+from .board import MismatchError, Standing, is_own
 from .rank import Failure, Frame
 
 TORCH = f"{Path(torch.__file__).parent}/"
+HOME = f"{Path(__file__).parent}/"
 LOST = ("onnection closed", "onnection reset", "roken pipe", "pair closure", "Socket")  # said where a peer is gone
 
 
@@ -93,18 +95,31 @@ def ending(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
+def raised(failure: Failure, brief: bool = False) -> str:
+    """What a function raised, in words; its first line only where `brief`."""
+    if failure.kind == "SystemExit":
+        return f"called exit({failure.text})"
+    text = failure.text
+    if failure.kind == MismatchError.__name__ and failure.exception:
+        text = str(travel.loads(failure.exception))  # this process knows the source of a cell, a rank does not
+    if brief:
+        text = text.partition("\n")[0].rstrip(":")
+    return f"raised {failure.kind}" + (f": {text}" if text else "")
+
+
 def stand(w: Witness) -> str:
     """Where a rank stands, in a line."""
     call = w.standing.call if w.standing else None
     if w.returned:
         return "returned"
     if w.exit is not None:
-        last = f"; its last call was {call.what}, {_at(call.file, call.line)}" if call else ""
-        return ending(w.exit) + last
+        if w.frames:
+            return f"{ending(w.exit)}, {_at(*_own(w.frames)[-1][:2])}"
+        when = "while it waited in" if w.standing and w.standing.waiting else "after"
+        return ending(w.exit) + (f" {when} {call.what}, {_at(call.file, call.line)}" if call else "")
     if w.failure is not None:
-        place = _own(w.failure.frames)
-        text = w.failure.text.splitlines()[0] if w.failure.text else ""
-        return f"raised {w.failure.kind}: {text}" + (f", {_at(place[-1].file, place[-1].line)}" if place else "")
+        place = "".join(f", {_at(f.file, f.line)}" for f in _own(w.failure.frames)[-1:])
+        return ("lost the connection to a rank that was gone" if w.lost else raised(w.failure, brief=True)) + place
     if w.waits and w.standing and call:
         whom = " for " + _ranks(w.standing.missing) if w.standing.missing else ""
         return f"waits{whom} in {call.what}, {_at(call.file, call.line)}"
@@ -160,22 +175,24 @@ def _first(witnesses: list[Witness]) -> Witness | None:
 
 
 def _same(one: Failure, other: Failure | None) -> bool:
-    return other is not None and (one.kind, one.text, one.frames) == (other.kind, other.text, other.frames)
+    if other is None or one.kind != other.kind:
+        return False
+    return one.kind == MismatchError.__name__ or (one.text, one.frames) == (other.text, other.frames)
 
 
 def _blame(w: Witness) -> str:
-    if w.failure is None:
+    if w.lost:
         return f"rank {w.rank} {stand(w)}"
-    own = [f for f in w.failure.frames if is_own(f.file)]
-    parts = [f"rank {w.rank} raised {w.failure.kind}: {w.failure.text}"]
+    lines = [f"rank {w.rank} {raised(w.failure) if w.failure else stand(w)}"]
+    frames = w.failure.frames if w.failure else w.frames
+    own = [f for f in frames if is_own(f.file)]
     if own:
-        place = own[-1]
-        parts.append(f"{name_of(place.file)}, line {place.line}, in {place.function}\n{excerpt(place)}")
-        parts += [f"called from {_at(f.file, f.line)}" for f in reversed(own[:-1])]
-        inner = w.failure.frames[-1]
-        if inner is not place:
-            parts.append(f"raised inside {inner.function}, {_short(inner.file)}:{inner.line}")
-    return parts[0] + "".join(f"\n\n{parts[1]}" if parts[1:] else "") + "".join(f"\n{p}" for p in parts[2:])
+        place, inner = own[-1], frames[-1]
+        lines += ["", f"{name_of(place.file)}, line {place.line}, in {place.function}", excerpt(place)]
+        if inner is not place and not inner.file.startswith((HOME, "<")):
+            lines.append(f"inside {inner.function}, {_short(inner.file)}:{inner.line}")
+        lines += [f"called from {_at(f.file, f.line)}" for f in reversed(own[:-1])]
+    return "\n".join(lines)
 
 
 def indent(lines: Iterable[str]) -> str:
@@ -195,7 +212,13 @@ def why(witnesses: list[Witness]) -> str:
     if sentences:
         return "\n".join(dict.fromkeys(sentences))
     circle = _circle({w.rank: w.standing.missing for w in witnesses if w.waits and w.standing})
-    return "the circle: " + " -> ".join(f"rank {rank}" for rank in circle) if circle else ""
+    if circle:
+        return "the circle: " + " -> ".join(f"rank {rank}" for rank in circle)
+    returned = [w.rank for w in witnesses if w.returned]
+    inside = [w.rank for w in witnesses if w.pending and not w.waits]
+    if returned and inside:
+        return f"{_ranks(returned)} returned while {_ranks(inside)} wait inside torch, most likely for that"
+    return ""
 
 
 def _part(s: Standing, rank: int) -> str:

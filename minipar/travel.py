@@ -13,8 +13,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized:
             data = obj.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            raw = pickle.PickleBuffer(data.reshape(-1).view(torch.uint8).numpy())
-            return _tensor, (raw, data.dtype, tuple(data.shape), obj.requires_grad and obj.is_leaf)
+            raw: Any = data.reshape(-1).view(torch.uint8).numpy()
+            return _tensor, (pickle.PickleBuffer(raw), data.dtype, tuple(data.shape), obj.requires_grad and obj.is_leaf)
         return super().reducer_override(obj)
 
 

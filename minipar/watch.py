@@ -33,7 +33,7 @@ class _Collective(NamedTuple):
 
 def _global(group: Any, rank: int | None, index: int | None) -> int | None:
     """The rank that a call names as a rank of the world, or as an index in its group."""
-    return rank if index is None else dist.get_global_rank(group or dist.group.WORLD, index)
+    return rank if index is None else dist.get_process_group_ranks(group)[index]
 
 
 def _pieces(whole: Tensor, sizes: list[int] | None, group: Any) -> list[int]:
@@ -183,6 +183,8 @@ class Watch:
         return call
 
     def _message(self, name: str, real: Callable[..., Any], describe: Any, sends: bool, at_once: bool) -> Any:
+        board = self.board
+
         def call(*args: Any, **kwargs: Any) -> Any:
             if getattr(self.inside, "a_call", False):
                 return real(*args, **kwargs)
@@ -191,7 +193,7 @@ class Watch:
                 group_name, members = self._group(group)
             except Exception:
                 return real(*args, **kwargs)
-            board, me = self.board, self.board.rank
+            me: Any = board.rank
             way = f"to rank {peer}" if sends else "from any rank" if peer is None else f"from rank {peer}"
             ranks = (me,) if peer is None else (me, peer) if sends else (peer, me)
             signature, words = self._words(name, way, tensor, tensor.numel(), ())
@@ -234,16 +236,15 @@ class Watch:
 
     def _words(self, name: str, way: str, tensor: Tensor | None, size: Any, detail: tuple) -> tuple[int, bytes]:
         """The signature of a call, and the call in words."""
-        dtype, shape = (tensor.dtype, tensor.shape) if tensor is not None else (None, None)
-        key = name, way, detail, dtype, shape, size
+        content = (tensor.dtype, tensor.shape) if tensor is not None else ()
+        key = name, way, detail, content, size
         known = self.texts.get(key)
         if known is None:
-            words = " ".join(filter(None, (name, way)))
+            words = f"{name} {way}".strip()
             if detail:
                 words += f"({', '.join(_word(part) for part in detail)})"
             if tensor is not None:
-                words += f" of {str(dtype).removeprefix('torch.')} {tuple(shape)}"
-            what = "message" if way else name
-            known = digest(what, [_word(part) for part in detail], str(dtype), size), words[:400].encode()
-            self.texts[key] = known
+                words += f" of {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            must_agree = "message" if way else name, [_word(part) for part in detail], str(content[:1]), size
+            known = self.texts[key] = digest(must_agree), words[:400].encode()
         return known

@@ -65,13 +65,13 @@ class World:
         _check_size(n, most)
         self.n, self.device, self.watch = n, device, watch
         self._running = threading.Lock()
-        self._closed = False
+        self.closed = False
         self._crew: Crew | None = None
         self._ready_crew()
 
     def __repr__(self) -> str:
         device = f", device={self.device!r}" if self.device else ""
-        return f"World({self.n}{device}{', closed' if self._closed else ''})"
+        return f"World({self.n}{device}{', closed' if self.closed else ''})"
 
     def __reduce__(self) -> Any:
         raise TypeError("a World cannot travel to its own ranks: what runs there must not use it")
@@ -84,7 +84,7 @@ class World:
 
     def close(self) -> None:
         """End the ranks. Without it they end with this object, or with this process."""
-        self._closed = True
+        self.closed = True
         self._end_crew()
 
     def run(
@@ -102,7 +102,7 @@ class World:
         if not self._running.acquire(blocking=False):
             raise RuntimeError(f"{self} is busy with another run: wait for that one, or use a second World")
         try:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError(f"{self} has no ranks any more: make a new World")
             return self._run(self._ready_crew(), job, limit)
         finally:
