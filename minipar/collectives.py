@@ -39,8 +39,10 @@ def connect(mesh: Mesh) -> dict[str, Axis]:
     """This rank's axes by name. Every rank of the mesh calls it. ValueError if the mesh has another size."""
     me = here()
     if mesh.size != me.size:
-        what = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        raise ValueError(f"{what} is {mesh.size} ranks, but {me.size} are running: change an axis or the World's size")
+        raise ValueError(
+            f"{mesh} is for {mesh.size} ranks, but {me.size} are running: start World({mesh.size}), "
+            f"or choose axes whose product is {me.size}"
+        )
     axes = {}
     for name in mesh.shape:
         ranks = mesh.line(name, me.rank)

@@ -46,6 +46,8 @@ class Mesh:
 
     def line(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axis`, in order of their index."""
+        if axis not in self.shape:
+            raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(self.shape)}")
         here = self.coordinate(rank)
         return tuple(r for r in range(self.size) if self.coordinate(r) | {axis: here[axis]} == here)
 

@@ -80,6 +80,8 @@ class Embedding(nn.Module):
         self.token, self.position = nn.Embedding(c.vocab, c.width), nn.Embedding(c.context, c.width)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+        if tokens.size(1) > self.position.num_embeddings:
+            raise ValueError(f"a row of {tokens.size(1)} tokens is longer than context={self.position.num_embeddings}")
         return self.token(tokens) + self.position.weight[: tokens.size(1)]
 
 

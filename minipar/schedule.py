@@ -76,12 +76,14 @@ def _row(op: Op, stage: int, microbatches: int) -> Program:
 
 
 def owners(schedule: Schedule) -> dict[int, int]:
-    """Stage -> the rank (index on the pipeline axis) that computes it. ValueError if two ranks do."""
+    """Stage -> the rank (index on the pipeline axis) that computes it. ValueError if two ranks do, or none has any."""
     owner: dict[int, int] = {}
     for rank, program in enumerate(schedule):
         for action in program:
             if owner.setdefault(action.stage, rank) != rank:
                 raise ValueError(f"stage {action.stage} is on rank {owner[action.stage]} and on rank {rank}")
+    if not owner:
+        raise ValueError("the schedule is empty: it needs at least one stage and one microbatch")
     return dict(sorted(owner.items()))
 
 

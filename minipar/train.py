@@ -51,6 +51,10 @@ def parallelize(
     if unknown:
         options = "schedule, microbatches, loss, sequence_parallel, plan"
         raise TypeError(f"parallelize has no option {', '.join(unknown)}; its options are {options}")
+    if not isinstance(model, nn.Module) or not isinstance(mesh, Mesh):
+        raise TypeError(f"parallelize takes a module and a Mesh, not {type(model).__name__} and {type(mesh).__name__}")
+    if not callable(schedule):
+        raise TypeError(f"schedule={schedule!r}: a function of (stages, microbatches), such as minipar.one_f_one_b")
     return Parallel(model, mesh, schedule, microbatches, loss, sequence_parallel, plan)
 
 
@@ -75,6 +79,8 @@ class Parallel:
         self.dp, self.pp, self.tp, self.device = axes["dp"], axes["pp"], axes["tp"], me.device
 
         order = schedule(self.pp.size, microbatches)
+        if len(order) != self.pp.size:
+            raise ValueError(f"the schedule has programs for {len(order)} ranks, but pp={self.pp.size}")
         check(order, microbatches)
         simulate(order)  # raises Deadlock before a rank can hang
         self.microbatches, self.owner = microbatches, owners(order)
@@ -122,7 +128,7 @@ class Parallel:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, count
 
         def conclude(output: Any, microbatch: int) -> Tensor:
-            loss, count = self.loss(getattr(output, "logits", output), labels[microbatch])
+            loss, count = _pair(self.loss(getattr(output, "logits", output), labels[microbatch]))
             total.add_(torch.stack([loss.detach().double(), torch.as_tensor(count, device=self.device).double()]))
             return loss / guess
 
@@ -325,6 +331,8 @@ class Parallel:
         """Take this rank's part of whole tensors, as `full_state_dict` gives them, from any layout."""
         if missing := self.state_names.keys() - state.keys():
             raise ValueError(f"the state has no {sorted(missing)[0]!r} ({len(missing)} keys are missing)")
+        if strange := state.keys() - self.state_names.keys():
+            raise ValueError(f"the model has no {sorted(strange)[0]!r} ({len(strange)} keys are not its own)")
         for name, parameter in self.here.items():
             if state[name].shape != self.shapes[name]:
                 have, need = tuple(state[name].shape), tuple(self.shapes[name])
@@ -352,6 +360,12 @@ class Parallel:
 
 
 # -- helpers -------------------------------------------------------------------------------------------------
+
+
+def _pair(answer: Any) -> tuple[Tensor, Tensor | int]:
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise TypeError(f"loss gave a {type(answer).__name__}: it must give (sum, count), as cross_entropy does")
+    return answer
 
 
 def _twin(model: nn.Module) -> nn.Module:
