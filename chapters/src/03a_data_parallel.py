@@ -51,7 +51,7 @@ world = World(4)
 # %% [markdown] lang="en"
 # ## 1. The same model, other rows
 #
-# A **row** is one piece of text, here 64 tokens, and a **batch** is the rows of one training step. The loss of a batch
+# A **row** is one piece of text, here 32 tokens, and a **batch** is the rows of one training step. The loss of a batch
 # is the mean of the losses of its tokens. `backward()` computes its **gradient**: for each weight, how much the loss
 # grows when the weight grows.
 #
@@ -61,7 +61,7 @@ world = World(4)
 
 # %%
 config = Config()  # 4 blocks of width 128
-tokens, targets = next(corpus.batches(steps=1, rows=8, context=64))  # (8, 64) each; a target is the next token
+tokens, targets = next(corpus.batches(steps=1, rows=8, context=32))  # (8, 32) each; a target is the next token
 
 
 def fresh(dtype=torch.float64):
@@ -104,7 +104,9 @@ def my_rows(axis, *batch):
 
 
 shares = [share.tolist() for share in rows(torch.arange(8), 4)]
-viz.show(viz.draw_tensors({"rows of the batch": [list(range(8))] * 4, "it computes": shares}, hue=lambda row: row // 2))
+viz.show(
+    viz.draw_tensors({"rows that all are given": [list(range(8))] * 4, "it computes": shares}, hue=lambda row: row // 2)
+)
 
 # %% [markdown] lang="en"
 # The batch's loss is a mean over all tokens. The shares are equally large, so it is also the mean of the four ranks'
@@ -158,9 +160,9 @@ alt = (
 viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
-# Why can we rely on equal weights at the start? `fresh` sets the same seed in every process. Scripts for clusters
-# often broadcast rank 0's weights as well, to be sure. From then on weights stay equal by themselves: equal weights
-# and equal gradients give equal steps.
+# Why can we rely on equal weights at the start? `fresh` sets the same seed in every process. PyTorch's own data
+# parallelism (DDP) broadcasts rank 0's weights at the start, to be sure. From then on weights stay equal by
+# themselves: equal weights and equal gradients give equal steps.
 #
 # The package cuts rows the same way, and also batches that are dictionaries of tensors (token ids, masks, labels):
 
@@ -168,7 +170,8 @@ viz.show(drawing, alt)
 viz.show_source(rows)
 
 # %% [markdown] lang="en"
-# **Exercise:** tasks 03a.1 (which rows are mine?), 03a.2 (cut them yourself) and 03a.3 (average the gradients).
+# **Exercise:** [tasks 03a.1, 03a.2 and 03a.3](../exercises/03a_data_parallel.ipynb): which rows are mine,
+# cut them yourself, average the gradients.
 #
 # ## 2. Merge gradients, or merge updates?
 #
@@ -191,14 +194,14 @@ def weight_after(optimizer, gradient):
     weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     weight.grad = torch.full_like(weight, gradient)
     optimizer([weight], lr=0.1).step()
-    return weight.item()
+    return round(weight.item(), 6)
 
 
 print("you wrote:", prediction)
 for optimizer in (torch.optim.SGD, torch.optim.Adam):
     by_gradients = weight_after(optimizer, (3 - 1) / 2)
     by_updates = (weight_after(optimizer, 3) + weight_after(optimizer, -1)) / 2
-    print(f"{optimizer.__name__:<5} merging gradients: {by_gradients:.4f}, merging updates: {by_updates:.4f}")
+    print(f"{optimizer.__name__:<5} merging gradients: {by_gradients:.2f}, merging updates: {by_updates + 0:.2f}")
     assert (abs(by_gradients - by_updates) < 1e-12) == (optimizer is torch.optim.SGD)
 
 # %% [markdown] lang="en"
@@ -212,9 +215,11 @@ for optimizer in (torch.optim.SGD, torch.optim.Adam):
 
 # %%
 def average(some, axis):
-    with torch.no_grad():
-        for x in some:
-            x.copy_(all_reduce(x, axis) / axis.size)
+    """Replace tensors by their mean over the ranks. One call for all of them: see section 3."""
+    some = [x.detach() for x in some]
+    mean = all_reduce(torch.cat([x.flatten() for x in some]), axis) / axis.size
+    for x, part in zip(some, mean.split([x.numel() for x in some]), strict=True):
+        x.copy_(part.view_as(x))
 
 
 def two_ways(kind, settings, batches):
@@ -267,7 +272,8 @@ viz.show(drawing, alt)
 # would do. **Merging gradients gives what one process gives, with every optimizer**, and sends the same number of
 # bytes. So this is what training libraries mean by data parallelism.
 #
-# **Exercise:** task 03a.8 (merge the updates yourself, and predict for four optimizers).
+# **Exercise:** [task 03a.8](../exercises/03a_data_parallel.ipynb):
+# merge the updates yourself, and predict for four optimizers.
 #
 # ## 3. Fewer calls: buckets
 #
@@ -357,7 +363,7 @@ viz.show_source(Gradients.__init__, Gradients.attach)
 # `register_post_accumulate_grad_hook`, near the end of `__init__`, is for the next section. `attach` is called before
 # each step, because `optimizer.zero_grad()` by default drops the gradients, views and all.
 #
-# **Exercise:** task 03a.5 (one call for all gradients).
+# **Exercise:** [task 03a.5](../exercises/03a_data_parallel.ipynb): one call for all gradients.
 #
 # ## 4. While backward still runs
 #
@@ -432,8 +438,7 @@ def recorded(tokens, targets, limit):
 
     def start(x, axis):
         began, pending = time.perf_counter(), start_all_reduce(x, axis)
-        arrival = pending.work.get_future().then(lambda _: moved.append((began, time.perf_counter())))
-        done.append(arrival)
+        done.append(pending.work.get_future().then(lambda _: moved.append((began, time.perf_counter()))))
         return pending
 
     for p in model.parameters():
@@ -441,36 +446,36 @@ def recorded(tokens, targets, limit):
     overlapped(axis, model, tokens, targets, limit, start)
     for arrival in done:
         arrival.wait()
-    return [t - ready[0] for t in ready], [(a - ready[0], b - ready[0]) for a, b in moved]
+    return [t - ready[0] for t in ready], sorted((a - ready[0], b - ready[0]) for a, b in moved)
 
 
+long = next(corpus.batches(steps=1, rows=8, context=128))  # more to compute
 for _ in range(2):  # the first round is for warming up
     records = {
-        "one bucket": world.run(recorded, tokens, targets, 2**40)[0],
-        "512 KiB": world.run(recorded, tokens, targets, LIMIT)[0],
+        "one bucket": world.run(recorded, *long, 2**40)[0],
+        "512 KiB": world.run(recorded, *long, LIMIT)[0],
     }
 
 
 # %%
-def draw_exchange(panel, ready, moved, title):
-    """Above: when gradients were ready. Below: each bucket from its start to its arrival."""
+def draw_exchange(panel, ready, moved, title, lanes):
+    """Above: a line when a gradient was ready. Below: a box for each bucket, from its start to its arrival."""
     panel.barh(0, 1000 * ready[-1], height=0.8, color=viz.PALETTE[1], alpha=0.35)
     panel.eventplot([1000 * t for t in ready], lineoffsets=0, linelengths=0.8, colors=viz.INK, linewidths=0.7)
     for i, (start, end) in enumerate(moved):
-        panel.barh(i + 1, 1000 * (end - start), left=1000 * start, height=0.8, color=viz.PALETTE[0], ec=viz.INK, lw=0.5)
-    panel.set(ylim=(len(moved) + 0.7, -0.7), xlabel="ms since the first gradient was ready")
-    panel.set_yticks([0, len(moved) // 2 + 1], ["backward", "buckets"])
+        box = {"left": 1000 * start, "height": 0.8, "color": viz.PALETTE[(0, 5)[i % 2]], "ec": viz.INK, "lw": 0.5}
+        panel.barh(1 + i % lanes, 1000 * (end - start), **box)
+    panel.set(ylim=(lanes + 0.7, -0.7), xlabel="ms since the first gradient was ready")
+    panel.set_yticks([0, (lanes + 1) / 2], ["backward", "buckets"])
     panel.tick_params(axis="y", length=0)
     panel.set_title(title, fontsize=10, loc="left")
 
 
 drawing, panels = viz.figure(8, 5, rows=2)
 for panel, (name, (ready, moved)) in zip(panels, records.items(), strict=True):
-    draw_exchange(panel, ready, moved, f"{name}: recorded on rank 0 of this machine")
-longest = max(moved[-1][1] for _, moved in records.values())
-for panel in panels:
-    panel.set_xlim(0, 1030 * longest)
-early = sum(start < records["512 KiB"][0][-1] for start, _ in records["512 KiB"][1])
+    draw_exchange(panel, ready, moved, f"{name}: recorded on rank 0 of this machine", lanes=len(moved))
+    panel.set_xlim(0, 1030 * max(moved[-1][1] for _, moved in records.values()))
+early = sum(start < ready[-1] for start, _ in moved)
 alt = (
     "Two recorded exchanges. With one bucket, sending begins when backward has ended. With buckets of 512 KiB, "
     f"{early} of {calls} set off while backward still computes gradients, the first one soon after its start."
@@ -479,40 +484,45 @@ viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
 # The thin lines are gradients becoming ready. With one bucket, nothing moves before the last of them. With smaller
-# buckets most of the sending lies *under* backward, and only the last bucket comes after it.
+# buckets most of the sending lies *under* backward, and only the last bucket sets off after it.
 #
-# What the picture shows is order. Do not read a speed-up from it: here the ranks and the sending share two cores or a
-# few, and what one takes the other lacks. On a GPU, other parts of the chip and the network card move the bytes,
-# and time under backward is nearly free.
+# What the picture shows is order. Do not read a speed-up from it: here the ranks and the sending share a few cores,
+# and what one takes the other lacks. On a GPU, the network card and a small part of the chip move the bytes, and time
+# under backward is nearly free.
 #
 # So bucket size is a compromise. Small buckets start early and pay latency often; large ones start late. The explorer
 # below takes the ready times recorded above and *estimates* the rest: a bucket sets off when it is complete and the
-# one before it has arrived, and takes 2(n − 1)α + 2(n − 1)/n × bytes / bandwidth. **Before you move it:** which size
-# wins on the slow network, and does the same one win on the fast one?
+# one before it has arrived, and takes 2(n − 1)α + 2(n − 1)/n × bytes / bandwidth, with latency α for each message.
+# **Before you move it:** which size wins on the slow network, and does the same one win on the fast one?
 
 # %%
 ready = records["512 KiB"][0]
 networks = {"0.5 ms, 0.1 GB/s": (5e-4, 1e8), "50 µs, 1 GB/s": (5e-5, 1e9), "5 µs, 10 GB/s": (5e-6, 1e10)}
+groups = {  # for each limit: how many gradients each bucket holds, and their bytes
+    name: [(len(bucket), sum(p.nbytes for p in bucket)) for bucket in cut_into_buckets(model.parameters(), limit)]
+    for name, limit in limits.items()
+}
 
 
 def estimate(bucket, network):
-    """When each bucket starts and arrives, with ready times as recorded."""
+    """When each bucket starts and arrives on four ranks."""
     (alpha, bandwidth), moved, count, free = networks[network], [], 0, 0.0
-    for some in cut_into_buckets(fresh().parameters(), limits[bucket]):
-        count += len(some)
+    for number, size in groups[bucket]:
+        count += number
         start = max(free, ready[count - 1])
-        free = start + 6 * alpha + 1.5 * sum(p.nbytes for p in some) / bandwidth  # n = 4
+        free = start + 6 * alpha + 1.5 * size / bandwidth
         moved.append((start, free))
     return moved
 
 
+# %%
 def draw_estimate(network, bucket):
+    drawing, (panel,) = viz.figure(8, 2.1)
     moved = estimate(bucket, network)
-    drawing, (panel,) = viz.figure(8, 3.4)
     late = 1000 * (moved[-1][1] - ready[-1])
-    draw_exchange(panel, ready, moved, f"estimate: {len(moved)} calls, done {late:.1f} ms after backward")
+    result = f"{len(moved)} call{'s' * (len(moved) > 1)}, the last one arrives {late:.1f} ms after backward"
+    draw_exchange(panel, ready, moved, f"estimate: {result}", lanes=1)
     panel.set_xlim(0, 1030 * max(estimate(other, network)[-1][1] for other in limits))
-    result = f"{len(moved)} calls, the last arrives {late:.1f} ms after backward"
     return viz.describe(drawing, f"Estimate for {network}, buckets: {bucket}. {result}.")
 
 
@@ -545,7 +555,7 @@ print(f"default bucket: {BUCKET:,} bytes; the small GPT's gradient in float32: {
 print(f"buckets for a model of 7 billion parameters in 16 bits, at least: {2 * 7e9 / BUCKET:,.0f}")
 
 # %% [markdown] lang="en"
-# **Exercise:** task 03a.7 (send while backward still runs).
+# **Exercise:** [task 03a.7](../exercises/03a_data_parallel.ipynb): send while backward still runs.
 #
 # ## 5. Several backwards, one exchange
 #
@@ -602,7 +612,7 @@ def one_step(tokens, targets, microbatches):
 for microbatches in (1, 2, 4):
     batch = [x.repeat(2, 1) for x in (tokens, targets)]  # 16 rows, each twice: the same mean, the same gradient
     got, sent = world.run(one_step, *batch, microbatches)[0]
-    print(f"{microbatches} microbatches: distance {distance(got, alone):.0e}, {sent:,} bytes sent by each rank")
+    print(f"microbatches: {microbatches}, distance {distance(got, alone):.0e}, {sent:,} bytes sent by each rank")
     assert distance(got, alone) < 1e-12 and sent == 2 * 3 / 4 * (M + 16)
 
 # %% [markdown] lang="en"
@@ -613,7 +623,7 @@ for microbatches in (1, 2, 4):
 #
 # The document counts less time for loading and preparing data among the advantages of data parallelism (3.3.2). This
 # holds if each rank prepares only its own share. Let us see it for **tokenizing**, turning text into token ids. Each
-# rank takes a quarter of the text. A cut must not go through the middle of a token, so we cut at empty lines.
+# rank takes a quarter of the text. A cut must not go through the middle of a token, so we cut where a line ends.
 #
 # **Predict:** are the four pieces, put together, the same tokens as those of the whole text? And by how much is the
 # time divided on your machine?
@@ -623,7 +633,7 @@ prediction = None  # (same?, times faster)
 
 
 def tokenize_share(text, parts, index):
-    cuts = [0, *(text.index("\n\n", len(text) * i // parts) + 1 for i in range(1, parts)), len(text)]
+    cuts = [0, *(text.index("\n", len(text) * i // parts) for i in range(1, parts)), len(text)]
     share = text[cuts[index] : cuts[index + 1]]
     start = time.perf_counter()
     ids = corpus.tokenizer().encode(share).ids
@@ -675,7 +685,7 @@ assert (mean_of_means, mean) == (5.5, 3.75)
 # %%
 prediction = None  # distance
 
-ten = next(corpus.batches(steps=1, rows=10, context=64, seed=1))
+ten = next(corpus.batches(steps=1, rows=10, context=32, seed=1))
 
 
 def uneven(tokens, targets, fair):
@@ -707,7 +717,7 @@ for row, rank in enumerate(owner):
     panel.text(row, 0.004, f"rank {rank}", ha="center", fontsize=7, color=viz.INK)
 panel.axhline(0.1, color=viz.INK, linestyle="--", linewidth=1)
 panel.text(9.6, 0.101, "right: 1/10", ha="right", va="bottom", fontsize=8, color=viz.INK)
-panel.set(xticks=range(10), xlabel="row", ylabel="its weight in the mean of means")
+panel.set(xticks=range(10), xlabel="row", ylabel="weight in the mean")
 alt = (
     "The weight of each of ten rows in a mean of means on four ranks: 1/8 for the rows of ranks 0 and 2, which have "
     "two each, 1/12 for those of ranks 1 and 3, which have three. The right weight, 1/10, is a dashed line."
@@ -736,7 +746,7 @@ for loss, got in world.run(own_rows, *ten, [0, 1, 3, 4, 10]):  # 1, 2, 1 and 6 r
 print(f"1, 2, 1 and 6 rows: distance to one process {distance(got, alone_ten):.0e}, loss {loss:.6f} on every rank")
 
 # %% [markdown] lang="en"
-# **Exercise:** task 03a.4 (a mean of means is not the mean).
+# **Exercise:** [task 03a.4](../exercises/03a_data_parallel.ipynb): a mean of means is not the mean.
 #
 # ## 7. The bug that a loss curve hides
 #
@@ -766,10 +776,10 @@ def train(batches, kind, lr, divide_by):
 batches = list(corpus.batches(steps=20, rows=8, context=32))
 adam, sgd = (
     [world.run(train, batches, kind, lr, divide_by)[0] for divide_by in (4, 1)]
-    for kind, lr in ((torch.optim.AdamW, 1e-3), (torch.optim.SGD, 0.5))
+    for kind, lr in ((torch.optim.AdamW, 1e-3), (torch.optim.SGD, 0.1))
 )
 gaps = [max(abs(x - y) for x, y in zip(*curves, strict=True)) for curves in (adam, sgd)]
-print(f"you wrote: {prediction} - largest difference with AdamW: {gaps[0]:.4f}; with SGD: {gaps[1]:.2f}")
+print(f"you wrote: {prediction} - largest difference with AdamW: {gaps[0]:.0e}; with SGD: {gaps[1]:.2f}")
 assert gaps[0] < 0.01 < 0.1 < gaps[1]
 
 # %%
@@ -789,8 +799,8 @@ viz.show(drawing, alt)
 # %% [markdown] lang="en"
 # With AdamW the curves are one curve. Adam divides each gradient by its own recent size, so a constant factor cancels.
 # This is no invented example: bugs of this kind have lived for years in public training code, next to a plot of a
-# falling loss. They bite later: weight decay and learning rate are tuned around them, clipping by norm cuts four
-# times too early, and the first run with SGD goes astray.
+# falling loss. They bite later: clipping by norm sets in four times too early, the small constant in Adam's division
+# is four times too small, and the first run with SGD takes steps four times too long.
 #
 # **A loss curve is no test.** What is one: the gradient, raw, in float64, against one process.
 
@@ -812,7 +822,7 @@ for label, divide_by in (("right", 4), ("wrong", 1)):
 # One step, no training, and the verdict is not a matter of taste: a distance of 3 means that the gradient is off by
 # three times itself, so it is four times too large. Every layout of minipar is held to this law by its tests.
 #
-# **Exercise:** task 03a.9 (mend a step that has a bug of this kind).
+# **Exercise:** [task 03a.9](../exercises/03a_data_parallel.ipynb): mend a step that has a bug of this kind.
 #
 # ## 8. Bytes and seconds
 #
@@ -904,7 +914,8 @@ explore(draw_step, network=NETWORKS, tokens=PER_STEP)
 # %% [markdown] lang="en"
 # With a fixed number of tokens for all, computing shrinks with every rank that you add and sending does not. Where the
 # lines cross, more ranks stop helping. With a fixed number of tokens *a rank*, the lines stay apart. But then the
-# batch grows with the ranks, and beyond some size a larger batch teaches the model little more per step.
+# batch grows with the ranks, and beyond some size, the *critical batch size* (McCandlish et al. 2018), a larger batch
+# teaches the model little more per step.
 #
 # Where do they cross? Backward takes 4 $P t/S$ seconds for $t$ tokens on a rank and speed $S$; sending close to
 # 4 $P/B$ for bandwidth $B$. The parameters cancel: **sending hides behind backward if a rank has at least $S/B$ tokens
@@ -920,10 +931,10 @@ for network, (_, bandwidth) in NETWORKS.items():
 
 # %% [markdown] lang="en"
 # The document's list of drawbacks says that data parallelism can hardly use its resources to the full (3.3.2). It
-# depends, and now you can say on what. Above $S/B$ tokens a rank, no other layout sends less or idles less; below, the
-# ranks wait for the network.
+# depends, and now you can say on what. Above $S/B$ tokens a rank, the ranks hardly wait; below, they wait for the
+# network.
 #
-# **Exercise:** task 03a.6 (predict the bytes).
+# **Exercise:** [task 03a.6](../exercises/03a_data_parallel.ipynb): predict the bytes.
 #
 # ## 9. Memory: what a replica costs
 #
@@ -999,7 +1010,7 @@ def obstacles(parameters, ranks, tokens, network, memory=80e9, context=4096):
 
 for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 70e9)):
     for ranks, network in ((8, "300 GB/s, one machine"), (256, "400 Gbit/s"), (1024, "400 Gbit/s")):
-        found = obstacles(parameters, ranks, 2**21, network)
+        found = obstacles(parameters, ranks, 2**22, network)
         print(f"{name:>5} on {ranks:>5,} ranks, {network:<22}", "; ".join(found) or "enough")
 
 # %% [markdown] lang="en"
@@ -1046,12 +1057,12 @@ for batch, wanted, microbatches in ((tokens, targets), alone, 1), ((tokens, targ
     for _, got, weights in world.run(the_law, *batch, Mesh(dp=4), microbatches):
         off, moved = distance(got, wanted), distance(weights - start, -0.1 * wanted)
         assert off < 1e-12 and moved < 1e-12
-    print(f"{len(batch[0]):>2} rows, {microbatches} microbatches: gradients {off:.0e}, step {moved:.0e}")
+    print(f"rows: {len(batch[0]):>2}, microbatches: {microbatches}, distance of gradients {off:.0e}, of the step {moved:.0e}")
 
 # %% [markdown] lang="en"
 # And the run itself, recorded on all four ranks: two microbatches, each forward and backward. Everyone does the same
-# at about the same time, and nobody waits for anybody until the end of the step. It is the simplest timeline in this
-# course.
+# in the same order, and nobody waits for anybody before the last backward: where a rank pauses earlier, your cores
+# were busy with another one. It is the simplest timeline in this course.
 
 
 # %%
