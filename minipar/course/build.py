@@ -205,31 +205,40 @@ def to_text(notebook: NotebookNode) -> str:
 
 
 def build(root: Path, only: str = "", force: bool = False) -> list[Path]:
-    """Build every notebook under `root` whose name contains `only`. Returns the files that changed.
+    """Build every notebook whose source's path from `root` contains `only`. Returns the files that changed.
 
-    `force` runs the unchanged ones too. Raises BuildError when a finished notebook is not fit for readers; what was
-    built before that stays.
+    `force` runs the unchanged ones too. Raises BuildError, at the end, when a notebook does not run or is not fit for
+    readers: its files stay as they were.
     """
-    changed = []
-    for folder in ("chapters", "solutions"):
-        for source in sorted((root / folder / "src").glob("*.py")):
-            if only not in source.stem:
-                continue
-            target = root / folder / f"{source.stem}.ipynb"
-            written = read(source)
-            solved = solve(written)
-            if force or not reuse(solved, target):
-                started = time.perf_counter()
-                print(f"{target.relative_to(root)} ...", end=" ", flush=True)
-                run(solved, target.parent)
-                print(f"{time.perf_counter() - started:.0f} s")
-            if found := problems(solved):
-                raise BuildError("\n".join(f"{source.relative_to(root)}: {problem}" for problem in found))
-            results = {target: solved}
-            if folder == "solutions":
-                results[root / "exercises" / target.name] = blank(written, solved)
-            changed += [path for path, notebook in results.items() if _write(path, to_text(notebook))]
+    changed, found = [], []
+    for source in [*sorted(root.glob("chapters/src/*.py")), *sorted(root.glob("solutions/src/*.py"))]:
+        if only in str(source.relative_to(root)):
+            try:
+                results = _build(source, root, force)
+            except BuildError as error:
+                found.append(f"{source.relative_to(root)}: {error}")
+            else:
+                changed += [path for path, notebook in results.items() if _write(path, to_text(notebook))]
+    if found:
+        raise BuildError("\n".join(found))
     return changed
+
+
+def _build(source: Path, root: Path, force: bool) -> dict[Path, NotebookNode]:
+    """The notebooks of one source, by the files that they belong in."""
+    target = source.parents[1] / f"{source.stem}.ipynb"
+    written = read(source)
+    solved = solve(written)
+    if force or not reuse(solved, target):
+        started = time.perf_counter()
+        print(f"{target.relative_to(root)} ...", end=" ", flush=True)
+        run(solved, target.parent)
+        print(f"{time.perf_counter() - started:.0f} s")
+    if found := problems(solved):
+        raise BuildError("\n".join(found))
+    if target.parent.name == "chapters":
+        return {target: solved}
+    return {target: solved, root / "exercises" / target.name: blank(written, solved)}
 
 
 def _write(path: Path, text: str) -> bool:
@@ -242,7 +251,7 @@ def _write(path: Path, text: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m minipar.course.build", description="Build the notebooks.")
-    parser.add_argument("only", nargs="?", default="", help="only notebooks with this in their name")
+    parser.add_argument("only", nargs="?", default="", help="only sources with this in their path")
     parser.add_argument("--force", action="store_true", help="run notebooks whose code has not changed, too")
     options = parser.parse_args()
     try:

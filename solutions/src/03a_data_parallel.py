@@ -488,9 +488,9 @@ def merge_updates(model: nn.Module, optimizer: torch.optim.Optimizer, axis: Axis
 
 def same_weights() -> dict[str, bool]:
     """Does merging updates give the same weights as merging gradients? True or False for each:
-    "SGD", "SGD with momentum", "SGD, clipped", "Adam"."""
+    "SGD", "SGD with momentum", "Adam", "SGD, clipped" (to a norm, by each rank before its step)."""
     ### BEGIN SOLUTION
-    return {"SGD": True, "SGD with momentum": True, "SGD, clipped": False, "Adam": False}
+    return {"SGD": True, "SGD with momentum": True, "Adam": False, "SGD, clipped": False}
     ### END SOLUTION
 
 
@@ -498,8 +498,8 @@ def same_weights() -> dict[str, bool]:
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "SGD, clipped": lambda p: torch.optim.SGD(p, lr=0.1),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "SGD, clipped": lambda p: torch.optim.SGD(p, lr=0.1),
 }
 
 

@@ -1,0 +1,227 @@
+"""Grading: what passes, what does not, and what a learner is told."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from test_notebooks import EXERCISE, ROOT
+
+from minipar.__main__ import main
+from minipar.course import build
+from minipar.course.grade import Verdict, grade
+
+NAMES = [path.stem for path in sorted((ROOT / "solutions").glob("*.ipynb"))]
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def course_of(folder: Path, name: str, attempts: list[tuple[str, str]]) -> Path:
+    """A course whose tasks are tasks of the notebook `name`, one for each (task, answer): all share a kernel.
+
+    Returns the learner's file, with the answers in it.
+    """
+    solution = read(ROOT / "solutions" / f"{name}.ipynb")
+    given = {kind: {c.metadata[kind]: c for c in solution.cells if kind in c.metadata} for kind in ("task", "check")}
+    setup = [cell for cell in solution.cells if "setup" in cell.metadata.get("tags", [])]
+    reference, learner = [*setup], []
+    for number, (task, answer) in enumerate(attempts):
+        for kind, cells in given.items():
+            cell = nbformat.from_dict(cells[task])
+            cell.id, cell.metadata[kind] = f"{kind}-{number}", f"{task}/{number}"
+            reference.append(cell)
+        learner.append(nbformat.v4.new_code_cell(answer, id=f"task-{number}"))
+    for place, cells in (("solutions", reference), ("exercises", learner)):
+        (folder / place).mkdir()
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / place / f"{name}.ipynb")
+    return folder / "exercises" / f"{name}.ipynb"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solutions_pass_blanks_are_to_do_and_wrong_answers_are_refused_by_name(name, tmp_path):
+    solved, blank = (
+        {c.metadata["task"]: c.source for c in read(ROOT / folder / f"{name}.ipynb").cells if "task" in c.metadata}
+        for folder in ("solutions", "exercises")
+    )
+    wrong = [
+        (c.metadata["task"], c.source, c.metadata["says"])
+        for c in build.read(ROOT / f"tests/wrong_answers/{name}.py").cells
+        if "task" in c.metadata
+    ]
+    attempts = [*solved.items(), *blank.items(), *[(task, answer) for task, answer, _ in wrong]]
+    verdicts = grade(course_of(tmp_path, name, attempts))
+    good, todo, bad = verdicts[: len(solved)], verdicts[len(solved) : 2 * len(solved)], verdicts[2 * len(solved) :]
+    assert [(v.task.id, v.reason) for v in good if v.outcome != "pass"] == []
+    assert [(v.task.id, v.reason) for v in todo if v.outcome != "todo"] == []
+    for verdict, (task, answer, says) in zip(bad, wrong, strict=True):
+        assert verdict.outcome == "fail" and says in verdict.reason, (
+            f"{task}\n{answer}\nsays: {verdict.reason}\nnot:  {says}"
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_nbval_fails_exactly_at_the_checks_of_a_blank_exercise(name):
+    options = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=60", "-v", "--tb=no", "-c", os.devnull]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", f"exercises/{name}.ipynb"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    failed = {int(number) for number in re.findall(r"Cell (\d+) FAILED", found)}
+    passed = {int(number) for number in re.findall(r"Cell (\d+) PASSED", found)}
+    code = build.code_cells(read(ROOT / f"exercises/{name}.ipynb"))
+    assert failed == {i for i, cell in enumerate(code) if "check" in cell.metadata}, found
+    assert passed == set(range(len(code))) - failed
+
+
+GOOD = "def double(x): return 2 * x"
+# What a learner may leave in the cell of a task, and what grading says of it. Some end or hang the kernel.
+ANSWERS = {
+    "": "NameError: name 'double' is not defined",
+    GOOD: "pass",
+    'def double(x):\n    raise NotImplementedError("your turn")': "Not begun",
+    "def double(x): return x + 2 if x == 2 else 0": "The check prints\n  double 0\nand should print\n  double 6",
+    "def double(x): return 5": "double(2) is 5, not 4",
+    "def double(x): return 2 *": "SyntaxError: invalid syntax (line 1 of the answer)",
+    "def double(x): return x.y": "AttributeError: 'int' object has no attribute 'y'\n----> 1 def double(x): return x.y",
+    f"two = 3\n{GOOD}": "pass",
+    "def double(x): return two * x": "pass",  # the set-up's two, not that of the answer before
+    f"exit()\n{GOOD}": "calls exit()",
+    f"{GOOD} if x else exit()": "pass",
+    "def double(x):\n    exit()\n    return 2 * x": "calls exit()",
+    "import sys\ndef double(x): sys.exit(0)": "SystemExit",
+    "import os\ndef double(x): os._exit(0)": "ended the kernel",
+    "def double(x):\n    while True: pass": "ran for more than 3 s",
+    f"{GOOD} ": "pass",
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A built course of one exercise with two tasks, in a folder of its own."""
+    root = tmp_path_factory.mktemp("small")
+    (root / "solutions/src").mkdir(parents=True)
+    (root / "solutions/src/90_small.py").write_text(EXERCISE.replace("seconds=5", "seconds=3"), encoding="utf-8")
+    build.build(root)
+    return root
+
+
+def test_an_answer_costs_its_own_task_only(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_grading.ROOT", small)
+    verdicts = grade(course_of(tmp_path, "90_small", [("90.1", answer) for answer in ANSWERS]))
+    for verdict, (answer, expected) in zip(verdicts, ANSWERS.items(), strict=True):
+        got = "pass" if verdict.outcome == "pass" else verdict.reason
+        assert expected in got, f"{answer}\nexpected: {expected}\ngot: {got}"
+
+
+def learner(small: Path, folder: Path, edit) -> list[Verdict]:
+    """The verdicts on a copy of the blank exercise that `edit` has changed, given its cells by id."""
+    notebook = read(small / "exercises/90_small.ipynb")
+    notebook.cells = edit({cell.id: cell for cell in notebook.cells})
+    (folder / "exercises").mkdir()
+    (folder / "solutions").symlink_to(small / "solutions")
+    nbformat.write(notebook, folder / "exercises/90_small.ipynb")
+    return grade(folder / "exercises/90_small.ipynb")
+
+
+def test_checks_come_from_the_solution_whatever_the_file_says(small, tmp_path):
+    def edit(cells):
+        cells["check-90-1"].source = "# NBVAL_CHECK_OUTPUT\nprint('double', 0)"  # edited, with a saved output
+        cells["check-90-1"].outputs[0].text = "double 0\n"
+        cells["task-90-1"].source = "def double(x): return 0"
+        del cells["check-90-2"]  # deleted
+        return list(cells.values())
+
+    assert [v.outcome for v in learner(small, tmp_path, edit)] == ["fail", "fail"]
+
+
+def test_an_answer_is_found_by_its_id_and_a_missing_one_is_named(small, tmp_path):
+    def edit(cells):
+        cells["task-90-1"].source = GOOD
+        return [nbformat.v4.new_code_cell("1 / 0"), cells["task-90-1"]]  # the rest is gone, a cell is new
+
+    first, second = learner(small, tmp_path, edit)
+    assert first.outcome == "pass"
+    assert second.outcome == "fail" and "(id task-90-2) is no longer in the notebook" in second.reason
+
+
+@pytest.fixture
+def at(small, tmp_path, monkeypatch) -> Path:
+    """A learner's copy of the small course, as the current folder."""
+    for folder in ("solutions", "exercises"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "90_small.ipynb").write_text((small / folder / "90_small.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_line_leads_from_a_failure_over_hints_to_the_solution(at, capsys):
+    def say(*arguments: str) -> tuple[int, str]:
+        status = main(list(arguments))
+        return status, "".join(capsys.readouterr())
+
+    status, text = say("grade", "exercises/90_small.ipynb")
+    assert status == 1
+    assert "todo  90.1    Double" in text and "fail  90.2    Mend" in text and "0 of 2 pass" in text
+    assert "90.2 Mend\n  triple(2) is 5, not 6" in text
+    assert "Two times" in say("hint", "90.1")[1]
+    assert "hint 1 of 1" in say("hint", "90.1")[1]  # stays at the last one
+    status, text = say("solution", "90.1")
+    assert status == 1 and "two * x" not in text
+    assert "two * x" in say("solution", "90.1", "--reveal")[1]
+    notebook = read(at / "exercises/90_small.ipynb")
+    next(cell for cell in notebook.cells if cell.id == "task-90-1").source = GOOD
+    nbformat.write(notebook, at / "exercises/90_small.ipynb")
+    assert "pass  90.1" in say("grade", "exercises/90_small.ipynb")[1]
+    assert "two * x" in say("solution", "90.1")[1]
+    text = say("progress")[1]
+    assert "pass  90.1" in text and "pass  90.2" not in text and "1 of 2 tasks have passed" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["grade", "exercises/91.ipynb"], "there is no exercises/91.ipynb"),
+        (["grade", "other.ipynb"], "other.ipynb is not an exercise of this course: there are 90_small.ipynb"),
+        (["grade", "exercises/90_broken.ipynb"], "cannot be read as a notebook"),
+        (["hint", "3a.7"], "there is no task '3a.7'; there are 90.1, 90.2"),
+    ],
+)
+def test_what_is_not_there_gets_one_line_that_says_what_is(at, capsys, arguments, says):
+    (at / "other.ipynb").write_text((at / "exercises/90_small.ipynb").read_text())
+    for folder in ("solutions", "exercises"):
+        (at / folder / "90_broken.ipynb").write_text("{")
+    if "broken" not in arguments[1]:
+        (at / "solutions/90_broken.ipynb").unlink()
+    else:
+        (at / "solutions/90_broken.ipynb").write_text((at / "solutions/90_small.ipynb").read_text())
+    assert main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_watch_grades_at_each_save_and_ends_with_ctrl_c(at):
+    notebook = at / "exercises/90_small.ipynb"
+    watch = subprocess.Popen(
+        [sys.executable, "-u", "-m", "minipar", "grade", "--watch", str(notebook)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        lines = iter(watch.stdout.readline, "")
+        assert any("waiting for the next save" in line for line in lines)
+        changed = read(notebook)
+        next(cell for cell in changed.cells if cell.id == "task-90-1").source = GOOD
+        time.sleep(0.01)
+        nbformat.write(changed, notebook)
+        assert any("1 of 2 pass" in line for line in lines)
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(20) in (0, 1)
+    finally:
+        watch.kill()

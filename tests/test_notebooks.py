@@ -1,0 +1,211 @@
+"""Notebooks are what their sources say, and fit for readers."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from minipar.course import build
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(ROOT.glob("chapters/src/*.py")) + sorted(ROOT.glob("solutions/src/*.py"))
+
+CHAPTER = """\
+# %% [markdown] lang="en"
+# # A chapter
+
+# %% [markdown] lang="zh"
+# # 一章
+
+# %%
+def double(x: int) -> int:
+    return 2 * x
+
+
+# %%
+print(double(2))
+
+# %% tags=["raises-exception"]
+double(1 / 0)
+"""
+
+EXERCISE = """\
+# %% [markdown] lang="en"
+# # An exercise
+
+# %% tags=["setup"]
+two = 2
+
+# %% [markdown] lang="en" hint="90.1"
+# Two times.
+
+# %% task="90.1" title="Double"
+def double(x):
+    ### BEGIN SOLUTION
+    y = two * x
+    ### END SOLUTION
+    return y
+
+
+# %% check="90.1" seconds=5
+# NBVAL_CHECK_OUTPUT
+assert double(2) == 4, f"double(2) is {double(2)}, not 4"
+print("double", double(3))
+
+# %% task="90.2" title="Mend"
+def triple(x):
+    if x:
+        ### BEGIN SOLUTION
+        return 3 * x
+        ### INSTEAD
+        # if x > 0:
+        #     return x + 3
+        ### END SOLUTION
+    return x
+
+
+# %% check="90.2"
+# NBVAL_CHECK_OUTPUT
+assert triple(2) == 6, f"triple(2) is {triple(2)}, not 6"
+print("triple", triple(3))
+
+# %% [markdown] lang="en" tags=["solution"]
+# Why it is so.
+"""
+
+
+def course(folder: Path) -> Path:
+    for name, text in (("chapters", CHAPTER), ("solutions", EXERCISE)):
+        (folder / name / "src").mkdir(parents=True)
+        (folder / name / "src" / "90_small.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    root = course(tmp_path_factory.mktemp("course"))
+    assert len(build.build(root)) == 3
+    return root
+
+
+def cells(path: Path) -> dict:
+    return {cell.id: cell for cell in nbformat.read(path, as_version=4).cells}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
+def test_notebooks_are_what_their_sources_say(source):
+    notebook = source.parents[1] / f"{source.stem}.ipynb"
+    written = build.read(source)
+    solved = build.solve(written)
+    assert build.reuse(solved, notebook), f"the code of {notebook.name} is not that of its source: make notebooks"
+    assert build.to_text(solved) == notebook.read_text(encoding="utf-8"), "make notebooks"
+    assert build.problems(solved) == []
+    if source.parts[-3] == "solutions":
+        exercise = ROOT / "exercises" / notebook.name
+        assert build.to_text(build.blank(written, solved)) == exercise.read_text(encoding="utf-8"), "make notebooks"
+
+
+def test_every_exercise_has_at_least_three_wrong_answers_for_each_task():
+    for source in ROOT.glob("solutions/src/*.py"):
+        tasks = [c.metadata["task"] for c in build.read(source).cells if "task" in c.metadata]
+        wrong = build.read(ROOT / "tests" / "wrong_answers" / source.name).cells
+        count = {task: sum(c.metadata.get("task") == task for c in wrong) for task in tasks}
+        assert min(count.values()) >= 3, count
+
+
+def test_a_second_build_changes_nothing_and_runs_nothing(built, monkeypatch):
+    monkeypatch.setattr(build, "run", lambda *_: pytest.fail("a notebook was run again"))
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*.ipynb")}
+    assert build.build(built) == []
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*.ipynb")} == before
+
+
+def test_running_again_gives_the_same_file(built):
+    assert build.build(built, force=True) == []
+
+
+def test_changed_prose_keeps_the_outputs_and_changed_code_is_run(tmp_path, monkeypatch):
+    root, ran = course(tmp_path), []
+    run = build.run
+    monkeypatch.setattr(build, "run", lambda notebook, folder: (ran.append(folder.name), run(notebook, folder)))
+    build.build(root, "small")
+    source, target = root / "chapters/src/90_small.py", root / "chapters/90_small.ipynb"
+    source.write_text(CHAPTER.replace("A chapter", "Another"), encoding="utf-8")
+    assert build.build(root) == [target]
+    assert ran == ["chapters", "solutions"] and "4\\n" in target.read_text() and "Another" in target.read_text()
+    source.write_text(CHAPTER.replace("double(2)", "double(4)"), encoding="utf-8")
+    assert build.build(root) == [target]
+    assert ran == ["chapters", "solutions", "chapters"] and "8\\n" in target.read_text()
+
+
+def test_an_exercise_has_no_solution_no_hint_and_only_what_checks_print(built):
+    exercise, solution = cells(built / "exercises/90_small.ipynb"), cells(built / "solutions/90_small.ipynb")
+    assert exercise["task-90-1"].source == ('def double(x):\n    raise NotImplementedError("your turn")\n    return y')
+    assert exercise["task-90-2"].source == (
+        "def triple(x):\n    if x:\n        if x > 0:\n            return x + 3\n    return x"
+    )
+    assert solution["task-90-1"].source == "def double(x):\n    y = two * x\n    return y"
+    assert solution["task-90-2"].source == "def triple(x):\n    if x:\n        return 3 * x\n    return x"
+    text = (built / "exercises/90_small.ipynb").read_text()
+    assert "Two times" not in text and "Why it is so" not in text and "SOLUTION" not in text
+    printed = {name: cell.outputs[0].text for name, cell in exercise.items() if cell.get("outputs")}
+    assert printed == {"check-90-1": "double 6\n", "check-90-2": "triple 9\n"}
+
+
+def test_a_language_has_its_own_prose_and_the_same_code(tmp_path):
+    source = course(tmp_path) / "chapters/src/90_small.py"
+    english, chinese = build.read(source, "en"), build.read(source, "zh")
+    assert english.cells[0].source == "# A chapter" and chinese.cells[0].source == "# 一章"
+    assert build.code_cells(english) == build.code_cells(chinese)
+    source.write_text("# %% [markdown]\n# no language\n")
+    with pytest.raises(build.BuildError, match="no language"):
+        build.read(source)
+
+
+PNG = {"image/png": "aWNvbg=="}
+
+
+@pytest.mark.parametrize(
+    "source, output, says",
+    [
+        ("x = 1\n" * 26, None, "26 lines of code, 25 are allowed"),
+        ("1 / 0", ("error", {"ename": "ZeroDivisionError", "evalue": "division"}), "raises ZeroDivisionError"),
+        ("warn()", ("stream", {"name": "stderr", "text": "UserWarning: x"}), "writes to stderr"),
+        ("where()", ("stream", {"name": "stdout", "text": f"{Path.cwd()}/x.py"}), "shows a path of this machine"),
+        ("draw()", ("display_data", {"data": PNG}), "image/png without a description"),
+        ("draw()", ("display_data", {"data": {"text/html": "<img src='x'>"}}), "an <img> without alt text"),
+        ("print(x)", ("stream", {"name": "stdout", "text": "x" * 1_000_000}), "1,000,000 are allowed"),
+    ],
+)
+def test_what_readers_should_not_meet_is_refused(source, output, says):
+    cell = nbformat.v4.new_code_cell(source.strip(), id="cell")
+    if output:
+        cell.outputs = [nbformat.v4.new_output(output[0], **output[1])]
+    found = build.problems(nbformat.v4.new_notebook(cells=[cell]))
+    assert len(found) == 1 and says in found[0]
+
+
+def test_described_images_and_expected_errors_are_fine():
+    described = nbformat.v4.new_output("display_data", data=PNG, metadata={"image/png": {"alt": "a ring"}})
+    error = nbformat.v4.new_output("error", ename="RankError", evalue="rank 1 waits")
+    shown = [
+        nbformat.v4.new_code_cell("draw()", outputs=[described]),
+        nbformat.v4.new_code_cell("hang()", outputs=[error], metadata={"tags": ["raises-exception"]}),
+    ]
+    assert build.problems(nbformat.v4.new_notebook(cells=shown)) == []
+
+
+def test_a_check_that_prints_nothing_is_refused(tmp_path):
+    root = course(tmp_path)
+    (root / "chapters/src/90_small.py").unlink()
+    (root / "solutions/src/90_small.py").write_text(EXERCISE.replace('print("triple", triple(3))', ""))
+    with pytest.raises(build.BuildError, match=r"check-90-2.*prints once"):
+        build.build(root)
+
+
+def test_a_cell_that_fails_stops_the_build(tmp_path):
+    root = course(tmp_path)
+    (root / "chapters/src/90_small.py").write_text(CHAPTER.replace("double(2)", "doble(2)"))
+    with pytest.raises(build.BuildError, match="name 'doble' is not defined"):
+        build.build(root)
+    assert not (root / "chapters/90_small.ipynb").exists()

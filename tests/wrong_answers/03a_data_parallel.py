@@ -1,0 +1,335 @@
+# ruff: noqa
+# Plausible wrong answers. Each must be refused with a message that contains what stands in `says`.
+
+# %% task="03a.1" says="Row 9 is on no rank"
+def rows_of_each_rank():  # 10 // 4 rows for everyone, and a last rank that gets no more
+    return [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+
+
+# %% task="03a.1" says="Row 2 is on ranks [0, 1]: it would count 2 times"
+def rows_of_each_rank():  # the end taken for the last row
+    return [[0, 1, 2], [2, 3, 4, 5], [5, 6, 7], [7, 8, 9]]
+
+
+# %% task="03a.1" says="Rank 0: you give the rows [0, 1, 2], but its share begins at row 10 * 0 // 4 = 0 and ends before row 10 * 1 // 4 = 2"
+def rows_of_each_rank():  # the larger shares first
+    return [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+
+
+# %% task="03a.1" says="Row 0 is on no rank"
+def rows_of_each_rank():  # counted from one
+    return [[1, 2], [3, 4, 5], [6, 7], [8, 9, 10]]
+
+
+# %% task="03a.2" says="row 8 is on no rank"
+def my_rows(batch, axis):  # the remainder is dropped
+    each = batch.size(0) // axis.size
+    return batch[each * axis.index : each * (axis.index + 1)]
+
+
+# %% task="03a.2" says="shares of [2, 2, 2, 4] rows"
+def my_rows(batch, axis):  # the last rank takes what is left
+    each = batch.size(0) // axis.size
+    return batch[each * axis.index : each * (axis.index + 1) if axis.index < axis.size - 1 else None]
+
+
+# %% task="03a.2" says="row 0 is on ranks [0, 1, 2, 3]"
+def my_rows(batch, axis):  # every rank trains on everything
+    return batch
+
+
+# %% task="03a.2" says="shares of [3, 3, 3, 1] rows"
+def my_rows(batch, axis):  # rounded up
+    each = -(-batch.size(0) // axis.size)
+    return batch[each * axis.index : each * (axis.index + 1)]
+
+
+# %% task="03a.3" says="is 4 times that of one process, on every rank: summed over the 4 ranks?"
+def average_gradients(parameters, axis):  # the sum
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis)
+
+
+# %% task="03a.3" says="is not what the other ranks have: was this gradient reduced over the axis?"
+def average_gradients(parameters, axis):  # what all_reduce returns is lost
+    for p in parameters:
+        all_reduce(p.grad, axis)
+        p.grad /= axis.size
+
+
+# %% task="03a.3" says="off by"
+def average_gradients(parameters, axis):  # the parameter, not its gradient (a hook is given the parameter)
+    for p in parameters:
+        p.grad = all_reduce(p.detach(), axis) / axis.size
+
+
+# %% task="03a.3" says="74 all_reduce calls for 37 parameters: one for each is enough"
+def average_gradients(parameters, axis):  # counts the ranks with a second call
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis) / all_reduce(torch.ones(()), axis)
+
+
+# %% task="03a.3" says="is 0.25 times that of one process, on every rank: divided once too often by the 4 ranks?"
+def average_gradients(parameters, axis):  # divides before, and again after
+    for p in parameters:
+        p.grad = all_reduce(p.grad / axis.size, axis) / axis.size
+
+
+# %% task="03a.4" says="With equal lengths, rank 0: the gradient of embed.token.weight (512, 32) is 4 times that of one process"
+def my_part_of_the_loss(total, count, axis):  # each rank's own mean
+    return total / count
+
+
+# %% task="03a.4" says="With rows of different lengths, rank 0: the gradient of embed.token.weight (512, 32) is the same on every rank, but off by"
+def my_part_of_the_loss(total, count, axis):  # the mean of means
+    return total / count / axis.size
+
+
+# %% task="03a.4" says="With equal lengths, rank 0: the gradient of embed.token.weight (512, 32) is 4 times that of one process"
+def my_part_of_the_loss(total, count, axis):  # right for gradients that are averaged
+    return total / all_reduce(count, axis) * axis.size
+
+
+# %% task="03a.4" says="With rows of different lengths"
+def my_part_of_the_loss(total, count, axis):  # padding counted
+    return total / (8 * 32)
+
+
+# %% task="03a.5" says="is not what the other ranks have"
+def reduce_flat(parameters, axis):  # never copied back
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    all_reduce(flat, axis)
+
+
+# %% task="03a.5" says="37 calls were made"
+def reduce_flat(parameters, axis):
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis)
+
+
+# %% task="03a.5" says="is 0.25 times that of one process"
+def reduce_flat(parameters, axis):  # the mean: dividing is done in the loss now
+    flat = all_reduce(torch.cat([p.grad.flatten() for p in parameters]), axis) / axis.size
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+# %% task="03a.5" says="is the same on every rank, but off by"
+def reduce_flat(parameters, axis):  # packed in one order, unpacked in the other
+    flat = all_reduce(torch.cat([p.grad.flatten() for p in reversed(parameters)]), axis)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+# %% task="03a.6" says="That counts elements"
+def ring_bytes(numbers, bytes_each, ranks):
+    return 2 * (ranks - 1) / ranks * numbers
+
+
+# %% task="03a.6" says="That is one half of it"
+def ring_bytes(numbers, bytes_each, ranks):
+    return (ranks - 1) / ranks * numbers * bytes_each
+
+
+# %% task="03a.6" says="What travels in a step is one chunk"
+def ring_bytes(numbers, bytes_each, ranks):
+    return 2 * (ranks - 1) * numbers * bytes_each
+
+
+# %% task="03a.6" says="n-1 steps, not n"
+def ring_bytes(numbers, bytes_each, ranks):
+    return 2 * numbers * bytes_each
+
+
+# %% task="03a.6" says="a ring does better"
+def ring_bytes(numbers, bytes_each, ranks):
+    return (ranks - 1) * numbers * bytes_each
+
+
+# %% task="03a.7" says="Each bucket was sent in each microbatch"
+def launch_early(bucket, flat, axis, is_last, launched):
+    missing = set(bucket)
+
+    def ready(p):
+        missing.remove(p)
+        if not missing:
+            launched.append(start_all_reduce(flat, axis))
+            missing.update(bucket)
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="not for each parameter"
+def launch_early(bucket, flat, axis, is_last, launched):
+    def ready(p):
+        if is_last():
+            launched.append(start_all_reduce(p.grad, axis))
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="did `missing` stay empty after it?"
+def launch_early(bucket, flat, axis, is_last, launched):
+    missing = set(bucket)
+
+    def ready(p):
+        if is_last():
+            missing.discard(p)
+            if not missing and p is bucket[-1] and not done:
+                done.append(True)
+                launched.append(start_all_reduce(flat, axis))
+
+    done = []
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="Was a bucket sent before it was complete?"
+def launch_early(bucket, flat, axis, is_last, launched):  # at its first gradient
+    missing = set(bucket)
+
+    def ready(p):
+        if is_last():
+            if len(missing) == len(bucket):
+                launched.append(start_all_reduce(flat.clone(), axis))
+            missing.remove(p)
+            if not missing:
+                missing.update(bucket)
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="Nothing was ever sent"
+def launch_early(bucket, flat, axis, is_last, launched):  # a bucket that waits for more than it has
+    missing = [*bucket, None]
+
+    def ready(p):
+        if is_last():
+            missing.pop()
+            if not missing:
+                launched.append(start_all_reduce(flat, axis))
+
+    for p in bucket[:1]:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.8" says="For plain SGD both must agree"
+def merge_updates(model, optimizer, axis):  # the sum of weights
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis))
+
+
+def same_weights():
+    return {"SGD": True, "SGD with momentum": True, "SGD, clipped": False, "Adam": False}
+
+
+# %% task="03a.8" says="With Adam you get exactly what averaged gradients give"
+def merge_updates(model, optimizer, axis):  # merges gradients after all
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis) / axis.size
+    optimizer.step()
+
+
+def same_weights():
+    return {"SGD": True, "SGD with momentum": True, "SGD, clipped": True, "Adam": True}
+
+
+# %% task="03a.8" says="rank 1 has other weights than rank 0"
+def merge_updates(model, optimizer, axis):  # averages first, steps afterwards
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis) / axis.size)
+    optimizer.step()
+
+
+def same_weights():
+    return {"SGD": True, "SGD with momentum": True, "SGD, clipped": False, "Adam": False}
+
+
+# %% task="03a.8" says="no weight has moved"
+def merge_updates(model, optimizer, axis):  # forgets the step
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis) / axis.size)
+
+
+def same_weights():
+    return {"SGD": True, "SGD with momentum": True, "SGD, clipped": False, "Adam": False}
+
+
+# %% task="03a.8" says="SGD with momentum: you predict False"
+def merge_updates(model, optimizer, axis):
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis) / axis.size)
+
+
+def same_weights():  # momentum has a memory, but a linear one
+    return {"SGD": True, "SGD with momentum": False, "SGD, clipped": False, "Adam": False}
+
+
+# %% task="03a.9" says="'calls' is as it should be"
+def broken_law():
+    return "calls"
+
+
+# %% task="03a.9" says="full rows, 2 microbatches: rank 0: the gradient of embed.token.weight (512, 32) is 2 times that of one process"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):  # named, not mended
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    shown = torch.zeros((), dtype=torch.float64)
+    count = all_reduce((labels != -100).sum(), axis) / microbatches
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches)):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach() / microbatches
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    return all_reduce(shown, axis)
+
+
+# %% task="03a.9" says="rows of different lengths, 2 microbatches: rank 0: the gradient of embed.token.weight (512, 32) is the same on every rank, but off by"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):  # each microbatch by its own tokens: a mean of means
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    shown = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches)):
+        loss = total_loss(model, x, y) / all_reduce((y != -100).sum(), axis) / microbatches
+        loss.backward()
+        shown += loss.detach()
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    return all_reduce(shown, axis)
+
+
+# %% task="03a.9" says="the gradients are right, but the loss that is returned is off by"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):  # the division that is left makes the loss too small
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    shown = torch.zeros((), dtype=torch.float64)
+    count = all_reduce((labels != -100).sum(), axis)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches)):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach() / microbatches
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    return all_reduce(shown, axis)
