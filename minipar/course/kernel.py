@@ -13,12 +13,15 @@ from nbval.kernel import RunningKernel
 
 from .tasks import CourseError
 
-# What the kernel does before it listens: torch is imported here and, at the same time, in the process that ranks
-# are forked from; one after the other they take twice as long.
+# What the kernel does before it listens: the process that ranks are forked from starts (with what `minipar.crew` has
+# it load), and imports torch while the kernel does; one after the other they take twice as long.
 LAUNCH = """\
-import minipar.course
-
-import torch
+import sys
+from multiprocessing import forkserver
+if sys.platform == "linux":
+    forkserver.set_forkserver_preload(['torch._dynamo', 'minipar.rank'])
+    forkserver.ensure_running()
+import minipar.course, torch
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()
 """

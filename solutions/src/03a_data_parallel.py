@@ -63,7 +63,8 @@ def on_each_rank(function: Callable, *args) -> list:
 
 
 # %% tags=["setup"]
-tokens, targets = next(corpus.batches(steps=1, rows=8, context=32))  # each (8, 32)
+text = torch.tensor(corpus.tokenizer().encode(corpus.text()[:2000]).ids)
+tokens, targets = text[:256].view(8, 32), text[1:257].view(8, 32)  # a target is the token that comes next
 
 
 def one_process(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -504,16 +505,14 @@ OPTIMIZERS = {
 
 
 def weights_after(axis: Axis, optimizer: str, merge: Callable | None) -> dict[str, Tensor]:
-    """The weights after two steps. Without `merge`, gradients are averaged, and then all ranks step alike."""
+    """The weights after two steps. Without `merge`, each rank runs the whole batch: the mean gradient, unsent."""
     model = fresh_model()
     stepper = OPTIMIZERS[optimizer](model.parameters())
+    mine = slice(2 * axis.index, 2 * axis.index + 2) if merge else slice(8)
     for step in range(2):
-        rows = slice(2 * axis.index, 2 * axis.index + 2)
+        x, y = tokens[mine].roll(step, 1), targets[mine].roll(step, 1)
         model.zero_grad()
-        (total_loss(model, tokens[rows].roll(step, 1), targets[rows].roll(step, 1)) / 64).backward()
-        if merge is None:
-            for p in model.parameters():
-                p.grad = all_reduce(p.grad, axis) / axis.size
+        (total_loss(model, x, y) / y.numel()).backward()
         if optimizer == "SGD, clipped":
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         merge(model, stepper, axis) if merge else stepper.step()
