@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import corpus, world
+from . import corpus
 from .mesh import Mesh
 from .model import Config, gpt
 from .rank import here
 from .schedule import gpipe, one_f_one_b
 from .tensor import cross_entropy
 from .train import parallelize
-from .world import RankError
+from .world import RankError, main
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -57,7 +57,7 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     layout.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="order of the pipeline's work")
     layout.add_argument("--microbatches", type=whole, default=4, metavar="N", help="parts of a data rank's rows")
     layout.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between tensor layers")
-    layout.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="where the tensors are")
+    layout.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where the tensors are")
 
     model = parser.add_argument_group("model")
     model.add_argument("--depth", type=whole, default=shape.depth, metavar="N", help="blocks")
@@ -111,21 +111,21 @@ def train(options: argparse.Namespace) -> int:
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             bar = threading.Thread(target=_show_progress, args=(listener, options.steps), daemon=True)
             bar.start()
-            answers = world.main(
+            answers = main(
                 _train, mesh, config, settings, (listener.address, key), ranks=mesh.size, device=options.device
             )
-            if refused := [answer for answer in answers if isinstance(answer, ValueError)]:
-                raise refused[0]
-            for report in [answer for answer in answers if isinstance(answer, Report)]:
-                bar.join()
-                return _tell(mesh, report)
+            if here().rank:  # under torchrun; rank 0 tells
+                return 0
+            if isinstance(answers[0], ValueError):
+                raise answers[0]
+            bar.join()
+            return _tell(mesh, answers[0])
     except ValueError as error:
         print(f"python -m minipar train: {error}", file=sys.stderr)
         return 2
     except RankError as error:
         print(error, file=sys.stderr)
         return 1
-    return 0  # under torchrun: another process has rank 0 and tells
 
 
 def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
@@ -202,9 +202,9 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
             optimizer.zero_grad()
             seconds += time.perf_counter() - start
             tell((losses[-1], len(losses) * tokens.numel() / seconds))
+    timeline = model.timeline()
     prompt = torch.tensor([corpus.tokenizer().encode(PROMPT).ids])
     written = model.generate(prompt, NEW_TOKENS, temperature=0.7, seed=options.seed)
-    timeline = model.timeline()
     if here().rank:
         return None
     if options.trace:

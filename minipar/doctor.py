@@ -1,7 +1,6 @@
 """What this machine offers to minipar, and whether ranks on it can talk."""
 
 import argparse
-import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +10,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from .rank import LOOPBACK, here
+from .rank import LOOPBACK, cores, here
 from .world import World
 
 if TYPE_CHECKING:
@@ -25,7 +24,9 @@ LEAST_MEMORY = 2 << 30  # bytes
 def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `doctor`."""
     parser = commands.add_parser("doctor", help="say what this machine offers and whether ranks on it can talk")
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="where the ranks' tensors are")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "auto"), default="auto", help="where the ranks' tensors are"
+    )
     parser.set_defaults(run=lambda options: 0 if doctor(options.device) else 1)
 
 
@@ -38,7 +39,7 @@ def doctor(device: str | None = None) -> bool:
     _line("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "transformers", "jupyterlab"):
         _line(package, _installed(package))
-    _line("cores", f"{_cores()} for this process, {psutil.cpu_count()} in the machine")
+    _line("cores", f"{cores()} for this process, {psutil.cpu_count()} in the machine")
     memory = psutil.virtual_memory()
     _line("memory", f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}")
     if memory.available < LEAST_MEMORY:
@@ -96,10 +97,6 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed; `make setup` installs it"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_loopback(addresses: list) -> bool:

@@ -13,27 +13,18 @@ from minipar.__main__ import main
 from minipar.model import Config
 
 SMALL = "--depth 2 --width 32 --heads 4 --context 16 --rows 8 --microbatches 2 --steps 2"
-FIT = "--dp 2 --pp 2 --tp 2"
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
-
-
-def train(arguments: str, *runner: str) -> subprocess.CompletedProcess[str]:
-    return run(*runner, "minipar", "train", *arguments.split())
-
-
-def loss(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return re.search(r"loss (\S+ -> \S+) in", done.stdout)[1]
+    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     """One run with everything on: the process, and the trace that it wrote."""
     trace = tmp_path_factory.mktemp("trace") / "step.json"
-    return train(f"{SMALL} {FIT} --sequence-parallel --tied --check --trace {trace}"), trace
+    arguments = f"{SMALL} --dp 2 --pp 2 --tp 2 --sequence-parallel --tied --check --trace {trace}"
+    return run("minipar", "train", *arguments.split()), trace
 
 
 def test_a_checked_run_says_that_its_gradients_are_those_of_one_process(hybrid):
@@ -55,11 +46,23 @@ def test_the_trace_is_one_that_perfetto_opens(hybrid):
     assert all(event["dur"] > 0 and event["ts"] >= 0 for event in spans)
 
 
-def test_every_layout_and_launcher_trains_to_the_same_loss():
-    alone = loss(train(SMALL))
-    assert loss(train(f"{SMALL} --dp 2 --pp 2 --schedule gpipe")) == alone
-    assert loss(train(f"{SMALL} --tp 2", "torch.distributed.run", "--nproc-per-node=2")) == alone
-    assert loss(train(f"{SMALL} --seed 1")) != alone
+def test_every_layout_and_launcher_trains_to_the_same_loss(capsys):
+    def loss(arguments: str) -> str:
+        assert main(["train", *SMALL.split(), *arguments.split()]) == 0
+        return _loss(capsys.readouterr().out)
+
+    alone = loss("")
+    assert loss("--dp 2 --pp 2 --schedule gpipe") == alone
+    assert loss("--seed 1") != alone
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minipar", "train", "--tp=2")
+    launched = run(*torchrun, *SMALL.split())
+    assert launched.returncode == 0, launched.stderr
+    assert _loss(launched.stdout) == alone
+
+
+def _loss(said: str) -> str:
+    (line,) = re.findall(r"^Mesh\(.*\): loss (\S+ -> \S+) in 2 steps", said, re.M)
+    return line
 
 
 def test_the_check_sees_a_wrong_gradient(capsys):
@@ -78,7 +81,6 @@ def test_the_check_sees_a_wrong_gradient(capsys):
     ("arguments", "said"),
     [
         ("--heads 6 --width 128", "width 128 is not divisible by heads 6; heads can be one of [1, 2, 4,"),
-        ("--tp 3", "tp=3"),
         ("--depth 2 --pp 4", "pp=4"),
         ("--rows 3 --dp 2 --microbatches 2", "--rows 3 is too few for dp=2 x 2 microbatches: at least 4"),
         ("--dp 0", "--dp: '0' is not a whole number, at least 1"),
@@ -103,8 +105,9 @@ def test_bad_input_is_answered_in_one_line(arguments, said, capsys):
 
 
 def test_bad_input_ends_the_process_with_2_and_no_traceback():
-    done = train("--tp 3")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    done = run("minipar", "train", "--tp", "3")
+    assert done.returncode == 2
+    assert re.fullmatch(r"python -m minipar train: .*tp=3.*\n", done.stderr), done.stderr
 
 
 def test_the_doctor_finds_this_machine_fit():
