@@ -1,0 +1,176 @@
+"""minipar beside torch's own, on this machine: `make bench`, or `python benchmarks/run.py --help`."""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import sides
+import starts
+import torch
+from measure import Row, table
+from torch import Tensor
+
+from minipar import World
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- table: written by run.py -->\n", "<!-- end of table -->\n"
+
+
+class Wrong(Exception):
+    """Two sides that should compute the same do not. Nothing is timed then."""
+
+
+def agree(name: str, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Are these the expected gradients, to what fp32 gives? Raises Wrong.
+
+    Everywhere at most 1e-5 of the model's largest entry apart, and, in norm, at most 1e-3 of each gradient whose norm
+    is not itself lost in rounding (a key bias has a gradient that is zero in theory).
+    """
+    if missing := expected.keys() ^ gradients.keys():
+        raise Wrong(f"{name}: gradients of other parameters, for example {min(missing)}")
+    largest = max(g.abs().max().item() for g in expected.values())
+    norm = max(g.norm().item() for g in expected.values())
+    for parameter, wanted in expected.items():
+        apart = gradients[parameter] - wanted
+        small = wanted.norm() < 1e-4 * norm
+        if apart.abs().max() > 1e-5 * largest or (not small and apart.norm() > 1e-3 * wanted.norm()):
+            raise Wrong(f"{name}: the gradient of {parameter} is off by {apart.abs().max():.2e} of {largest:.2e}")
+
+
+class Bench:
+    """Two Worlds of two ranks: one watches torch.distributed, as by default, the other lets it be."""
+
+    def __init__(self, setting: sides.Setting) -> None:
+        self.setting = setting
+        self.worlds = {"watched": World(sides.RANKS), "plain": World(sides.RANKS, watch=False)}
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for world in self.worlds.values():
+            world.close()
+
+    def make(self, comparison: str) -> None:
+        """Build all sides of a comparison, and hold their gradients against those of one process."""
+        expected = sides.alone(self.setting)
+        for world, side in self.places(comparison):
+            answers = self.worlds[world].run(sides.make, comparison, side, self.setting)
+            if side != "floor":
+                agree(f"{comparison}, {side}", {k: g for answer in answers for k, g in answer.items()}, expected)
+
+    def places(self, comparison: str) -> list[tuple[str, str]]:
+        """(world, side): torch's own ways and the floor run unwatched, minipar both ways."""
+        return [("watched", "minipar"), *(("plain", side) for side in sides.COMPARISONS[comparison].sides)]
+
+    def compare(self, comparison: str, pairs: int) -> Row:
+        """In each round every side makes one step, in random order."""
+        self.make(comparison)
+        c, places, order = sides.COMPARISONS[comparison], self.places(comparison), random.Random(0)
+        took: dict[tuple[str, str], list[float]] = {place: [] for place in places}
+        for _ in range(pairs):
+            for world, side in order.sample(places, len(places)):
+                begins, ends = zip(*self.worlds[world].run(sides.time_step, comparison, side), strict=True)
+                took[world, side].append(max(ends) - min(begins))
+        peer = min(c.peers, key=lambda name: sorted(took["plain", name])[pairs // 2])
+        return Row(
+            comparison,
+            c.what,
+            took["watched", "minipar"],
+            took["plain", peer],
+            peer,
+            took["plain", "floor"],
+            took["plain", "minipar"],
+            most_ratio=c.mark,
+        )
+
+    def profile(self, comparison: str, steps: int) -> None:
+        """Print where a step's time goes, on each rank and for each side."""
+        self.make(comparison)
+        print(f"\n{comparison}: milliseconds, medians of {steps} steps")
+        for world, side in self.places(comparison):
+            for rank, parts in enumerate(self.worlds[world].run(sides.where, comparison, side, steps)):
+                numbers = "  ".join(f"{part} {1e3 * s:7.1f}" for part, s in parts.items())
+                print(f"{side + (' (watched)' if world == 'watched' else ''):<24} rank {rank}  {numbers}")
+        for side in sides.COMPARISONS[comparison].sides:
+            print(f"\n{comparison}, {side}, rank 0, one step:")
+            print(self.worlds["plain"].run(sides.operators, comparison, side)[0])
+
+
+def sections(pairs: int, setting: sides.Setting) -> dict[str, Callable[[], list[Row]]]:
+    """Name -> what measures it."""
+
+    def compare(name: str) -> list[Row]:
+        with Bench(setting) as bench:
+            return [bench.compare(name, pairs)]
+
+    few = -(-pairs // 6)  # of what takes seconds
+    return {
+        **{name: lambda name=name: compare(name) for name in sides.COMPARISONS},
+        "start": lambda: starts.start(pairs, few),
+        "run": lambda: [starts.empty_run(pairs)],
+        "watch": lambda: [starts.watching(pairs)],
+        "restart": lambda: starts.restart(pairs),
+        "grade": lambda: [starts.grading(few)],
+    }
+
+
+def machine() -> str:
+    """What the numbers were taken on, in general terms."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"{cores} cores ({platform.machine()}), {platform.system()}, Python {python}, torch {torch.__version__}"
+
+
+def write(results: list[dict], folder: Path) -> None:
+    """results.json, and the table in the README between its two marks, if it has one."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    readme = folder / "README.md"
+    if readme.exists():
+        before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+        behind = rest.split(END)[1]
+        readme.write_text(f"{before}{BEGIN}\n{machine()}.\n\n{table(results)}\n\n{END}{behind}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    names = list(sections(1, sides.Setting()))
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    parser.add_argument("--only", metavar="NAME,...", help=f"some sections: {', '.join(names)}")
+    parser.add_argument("--pairs", type=int, default=31, help="rounds in which every side makes one step (31)")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the bench itself")
+    parser.add_argument("--out", type=Path, help="write results.json and the README's table in this folder")
+    parser.add_argument("--profile", action="store_true", help="show where a step's time goes; measures no ratios")
+    options = parser.parse_args(arguments)
+    chosen = options.only.split(",") if options.only else names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    setting = sides.SMALL if options.small else sides.Setting()
+
+    if options.profile:
+        with Bench(setting) as bench:
+            for name in filter(sides.COMPARISONS.__contains__, chosen):
+                bench.profile(name, options.pairs)
+        return 0
+
+    measure = sections(options.pairs, setting)
+    print(machine(), flush=True)
+    rows = []
+    for name in chosen:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        rows.append([row.as_dict() for row in measure[name]()])
+    results = list(itertools.chain(*rows))
+    print(table(results))
+    whole = chosen == names and not options.small
+    if folder := options.out or (HERE if whole else None):
+        write(results, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
