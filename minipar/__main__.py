@@ -16,7 +16,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 something is not right, 2 bad input, 130 Ctrl-C."""
-    parser = Parser(prog="python -m minipar", description="Hybrid parallelism for language models.")
+    about = "Hybrid parallelism for large language models."
+    parser: argparse.ArgumentParser = Parser(prog="python -m minipar", description=about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     cli.add_commands(commands)
     doctor.add_commands(commands)

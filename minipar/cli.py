@@ -186,7 +186,7 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
         return error
     optimizer = torch.optim.AdamW(model.parameters(), options.lr)
     reference = torch.optim.AdamW(alone.parameters(), options.lr)
-    losses, seconds, difference = [], 0.0, 0.0
+    losses, differences, seconds = [], [], 0.0
     with _progress(where) as tell:
         for tokens, targets in corpus.batches(options.steps, options.rows, options.context, options.seed):
             start = time.perf_counter()
@@ -195,7 +195,7 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
             if options.check:
                 gradients = model.full_gradients()
                 if here().rank == 0:
-                    difference = max(difference, _difference(gradients, alone, tokens, targets))
+                    differences.append(_difference(gradients, alone, tokens, targets))
                     reference.step()
             start = time.perf_counter()
             optimizer.step()
@@ -210,7 +210,8 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
     if options.trace:
         timeline.save(options.trace)
     text = " ".join(corpus.tokenizer().decode(written[0].tolist()).split())
-    return Report(losses, len(losses) * tokens.numel() / seconds, difference if options.check else None, text)
+    difference = torch.tensor(differences).max().item() if options.check else None
+    return Report(losses, len(losses) * tokens.numel() / seconds, difference, text)
 
 
 @contextmanager
@@ -226,10 +227,12 @@ def _progress(where: Where) -> Iterator[Callable[[Any], None]]:
 
 def _difference(gradients: dict[str, Tensor], alone: nn.Module, tokens: Tensor, targets: Tensor) -> float:
     """The largest difference from the gradients of the whole model in this process, over its largest gradient."""
-    alone.zero_grad()
     device = here().device
     total, count = cross_entropy(alone(tokens.to(device)), targets.to(device))
+    alone.zero_grad()
     (total / count).backward()
-    own = {name: parameter.grad for name, parameter in alone.named_parameters()}
-    largest = max(gradient.abs().max() for gradient in own.values())
-    return (max((gradients[name] - gradient).abs().max() for name, gradient in own.items()) / largest).item()
+    own = {name: parameter.grad for name, parameter in alone.named_parameters() if parameter.grad is not None}
+    # torch's max, not Python's: it does not lose a NaN.
+    largest = torch.stack([gradient.abs().max() for gradient in own.values()]).max()
+    differences = torch.stack([(gradients[name] - gradient).abs().max() for name, gradient in own.items()])
+    return (differences.max() / largest).item()

@@ -1,6 +1,7 @@
 """The commands, as a person runs them: exit codes, one clear line for bad input, the same numbers everywhere."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -72,9 +73,13 @@ def test_the_check_sees_a_wrong_gradient(capsys):
     assert cli._difference({n: torch.zeros_like(p) for n, p in model.named_parameters()}, model, tokens, targets) == 1
     right = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     assert cli._difference(right, model, tokens, targets) == 0
-    report = cli.Report(losses=[1.0], tokens_per_second=1, difference=1e-6, text="")
-    assert cli._tell(cli.Mesh(), report) == 1
-    assert "NOT EQUAL" in capsys.readouterr().out
+    broken = {name: torch.full_like(gradient, torch.nan) for name, gradient in right.items()}
+    not_a_number = cli._difference(broken, model, tokens, targets)
+    assert math.isnan(not_a_number)
+    for difference in (1e-6, not_a_number):
+        report = cli.Report(losses=[1.0], tokens_per_second=1, difference=difference, text="")
+        assert cli._tell(cli.Mesh(), report) == 1
+        assert "NOT EQUAL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
