@@ -150,3 +150,42 @@ def double_precision():
         yield
     finally:
         torch.float32, Tensor.float = single, to_single
+
+
+def problems(
+    world: Any,
+    layouts: list[dict[str, Any]],
+    make: Callable[[], nn.Module],
+    inputs: Any,
+    targets: Any,
+    mean: Callable[..., Tensor] = mean_cross_entropy,
+    prepare: Callable[[Any, Any, Any], tuple] = lambda parallel, inputs, targets: (inputs, targets),
+    **options: Any,
+) -> list[str]:
+    """How a step of a model on some layouts differs from the same step in one process.
+
+    mean: the loss in one process. prepare: on a rank, (parallel, inputs, targets) -> arguments of `step`, the last
+    of them a dict if it is one of options. options: for parallelize, beside those of each layout.
+    """
+    wanted = alone(make(), inputs, targets, mean)
+    layouts = [options | layout for layout in layouts]
+    found = world.run(_compare, layouts, make, inputs, targets, prepare, wanted)
+    return [
+        f"{layout['mesh']}, rank {rank}: {law}: {what}"
+        for rank, answers in enumerate(found)
+        for layout, laws in zip(layouts, answers, strict=True)
+        for law, what in laws.items()
+    ]
+
+
+def _compare(
+    layouts: list[dict[str, Any]], make: Callable, inputs: Any, targets: Any, prepare: Callable, wanted: Answer
+) -> list[dict[str, str]]:
+    answers = []
+    for layout in layouts:
+        model = make()
+        parallel = minipar.parallelize(model, **layout)
+        inputs_here, targets_here, *more = prepare(parallel, inputs, targets)
+        got = laid_out(parallel, inputs_here, targets_here, **(more[0] if more else {}))
+        answers.append(broken_laws(parallel, got, wanted, dict(model.named_parameters())))
+    return answers

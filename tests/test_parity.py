@@ -1,16 +1,25 @@
 """Every layout of a model computes what one process computes: the same loss, gradients, step."""
 
-import sys
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
-import cloudpickle
 import pytest
-from laws import Case, alone, batch_of, broken_laws, laid_out, model_of
+import torch
+from laws import (
+    Case,
+    alone,
+    batch_of,
+    broken_laws,
+    differences,
+    laid_out,
+    mean_cross_entropy,
+    model_of,
+    problems,
+    stirred,
+)
+from torch import nn
 
-from minipar import Config, Mesh, World, gpipe, one_f_one_b
-
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # ranks need not import pytest
+from minipar import Config, Mesh, World, gpipe, one_f_one_b, parallelize
 
 MESHES = [Mesh(dp=dp, pp=pp, tp=tp) for dp, pp, tp in product(range(1, 9), repeat=3) if dp * pp * tp <= 8]
 MICROBATCHES = {1: 2, 2: 3, 3: 4}  # by pp: enough that 1F1B has a steady phase; deeper pipelines get 3
@@ -53,8 +62,8 @@ def every_layout(ranks):
     with World(ranks) as world:
         found = world.run(on_a_rank, cases, wanted)
     broken = {"loss": [], "gradients": [], "step": []}
-    for rank, problems in enumerate(found):
-        for case, laws in zip(cases, problems, strict=True):
+    for rank, answers in enumerate(found):
+        for case, laws in zip(cases, answers, strict=True):
             for law, what in laws.items():
                 broken[law].append(f"{case}, rank {rank}: {what}")
     return broken
@@ -77,3 +86,202 @@ def test_every_layout_makes_the_step_of_one_process(ranks):
 
 def test_these_are_all_the_layouts():
     assert len(MESHES) == len(set(MESHES)) == 38
+
+
+# Other models, other batches.
+
+LAYOUTS = [
+    {"mesh": Mesh(dp=4), "microbatches": 2},
+    {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "schedule": gpipe},
+    {"mesh": Mesh(dp=2, pp=2), "microbatches": 3},
+    {"mesh": Mesh(pp=4), "microbatches": 5},
+]
+CUT_LAYOUTS = [  # for models with a plan
+    {"mesh": Mesh(dp=2, tp=2), "microbatches": 3},
+    {"mesh": Mesh(dp=2, tp=2), "sequence_parallel": True},
+    {"mesh": Mesh(pp=2, tp=2), "microbatches": 3},
+    {"mesh": Mesh(tp=4), "sequence_parallel": True},
+]
+TINY = Config(vocab=19, context=8, depth=4, width=16, heads=4)
+
+
+def tiny():
+    return model_of(TINY)
+
+
+def test_a_batch_may_be_a_dict_with_its_labels(world4):
+    def together(parallel, inputs, targets):
+        return {"tokens": inputs, "labels": targets}, None
+
+    tokens, targets = batch_of(TINY, 11, 8)
+    assert problems(world4, LAYOUTS + CUT_LAYOUTS, tiny, tokens, targets, prepare=together) == []
+
+
+def test_a_loss_of_your_own_sees_whole_logits(world4):
+    def squares(logits, targets):  # needs all logits of a token; counts rows
+        return ((logits.softmax(-1) - targets[:, None, None]) ** 2).sum(), len(targets)
+
+    def mean(logits, targets):
+        return squares(logits, targets)[0] / len(targets)
+
+    tokens, targets = batch_of(TINY, 11, 8)[0], torch.linspace(-1, 2, 11, dtype=torch.float64)
+    assert problems(world4, LAYOUTS + CUT_LAYOUTS, tiny, tokens, targets, mean=mean, loss=squares) == []
+
+
+def test_data_ranks_may_bring_unequal_rows_of_their_own(world4):
+    def own_rows(parallel, inputs, targets):
+        edges = {1: [0, 11], 2: [0, 3, 11], 4: [0, 3, 5, 9, 11]}[parallel.dp.size]
+        mine = slice(edges[parallel.dp.index], edges[parallel.dp.index + 1])
+        return inputs[mine], targets[mine], {"local": True}
+
+    tokens, targets = batch_of(TINY, 11, 8)
+    layouts = [layout | {"microbatches": 2} for layout in LAYOUTS[:3] + CUT_LAYOUTS]
+    assert problems(world4, layouts, tiny, tokens, targets, prepare=own_rows) == []
+
+
+class Mixing(nn.Module):
+    """A block that passes a dict with a tuple, and ids that are no floats; it reads a mask from the side."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, state, *, mask):
+        x, (ids, means) = state["x"], state["more"]
+        y = self.second(torch.tanh(self.first(x))) * mask.unsqueeze(-1)
+        return {"x": x + y, "more": (ids + 1, means + y.mean(-1))}
+
+
+class Inner(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.embed = nn.Embedding(19, width)
+        self.steps = nn.ModuleList(Mixing(width) for _ in range(5))
+
+    def forward(self, ids, mask):
+        state = {"x": self.embed(ids), "more": (ids, torch.zeros(ids.shape, dtype=torch.float64))}
+        for step in self.steps:
+            state = step(state, mask=mask)
+        return state
+
+
+class Outer(nn.Module):
+    """Its blocks are inside another module, and some of its parameters are frozen or never used."""
+
+    def __init__(self, frozen=()):
+        super().__init__()
+        self.inner, self.head, self.unused = Inner(8), nn.Linear(8, 19), nn.Linear(2, 2)
+        for name in frozen:
+            self.get_parameter(name).requires_grad_(False)
+
+    def forward(self, ids, mask):
+        state = self.inner(ids, mask)
+        ids, means = state["more"]
+        return self.head(state["x"]) * (1 + means + ids / 19).unsqueeze(-1)
+
+
+def outer(*frozen):
+    torch.manual_seed(0)
+    return stirred(Outer(frozen).double())
+
+
+MASK = (torch.arange(7) < 1 + torch.arange(11)[:, None] % 7).double()
+DEEP = [*LAYOUTS, {"mesh": Mesh(dp=4), "microbatches": 1}]
+OUTER_PLAN = {"inner.steps.*.first": "colwise", "inner.steps.*.second": "rowwise", "inner.embed": "embedding_rowwise"}
+
+
+def outer_batch():
+    tokens, targets = batch_of(TINY, 11, 7)
+    return {"ids": tokens, "mask": MASK}, targets
+
+
+def test_blocks_may_pass_dicts_and_tuples_and_read_a_mask(world4):
+    assert problems(world4, DEEP, outer, *outer_batch()) == []
+
+
+def test_any_model_may_be_cut_with_a_plan_of_its_own(world4):
+    layouts = [layout for layout in CUT_LAYOUTS if "sequence_parallel" not in layout]
+    assert problems(world4, [*layouts, {"mesh": Mesh(tp=4)}], outer, *outer_batch(), plan=OUTER_PLAN) == []
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["inner.embed.weight"],
+        ["head.weight", "head.bias", "unused.weight", "unused.bias"],
+        [name for name, _ in Outer().named_parameters() if not name.startswith(("head", "inner.steps.4"))],
+    ],
+    ids=["embedding", "head", "all but the last block and the head"],
+)
+def test_frozen_parameters_stay_frozen(world4, frozen):
+    assert problems(world4, DEEP, partial(outer, *frozen), *outer_batch()) == []
+
+
+def test_a_step_sets_gradients_and_does_not_add(world4):
+    def steps(layouts, tokens, targets):
+        found = []
+        for layout in layouts:
+            parallel = parallelize(tiny(), **layout)
+            optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+            gradients = []
+            for clear in (lambda: None, optimizer.zero_grad, partial(optimizer.zero_grad, set_to_none=False)):
+                parallel.step(tokens, targets)
+                gradients.append(parallel.full_gradients())
+                clear()
+            parallel.step(tokens, targets)
+            gradients.append(parallel.full_gradients())
+            found += [layout for later in gradients[1:] if differences(later, gradients[0])]
+            optimizer.zero_grad()
+            if any(g.any() for g in parallel.full_gradients().values()):
+                found.append(layout)
+        return found
+
+    assert world4.run(steps, LAYOUTS + CUT_LAYOUTS, *batch_of(TINY, 11, 8)) == [[]] * 4
+
+
+def test_training_goes_on_as_in_one_process(world4):
+    """Four steps of AdamW, other rows in each, gradients clipped, and a scheduler: weights and losses agree."""
+
+    def train(model, step, parameters, clip):
+        optimizer = torch.optim.AdamW(parameters, 0.05)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        losses = []
+        for rows in (9, 11, 8, 13):
+            losses.append(step(model, *batch_of(TINY, rows, 8)))
+            clip(model, 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return losses
+
+    def on_ranks(layouts):
+        found = []
+        for layout in layouts:
+            model = parallelize(tiny(), **layout)
+            losses = train(
+                model,
+                lambda model, *batch: model.step(*batch).item(),
+                model.parameters(),
+                lambda model, norm: model.clip_gradients(norm),
+            )
+            found.append((losses, model.full_state_dict()))
+        return found
+
+    def one_step(model, tokens, targets):
+        loss = mean_cross_entropy(model(tokens), targets)
+        loss.backward()
+        return loss.item()
+
+    model = tiny()
+    losses = train(
+        model,
+        one_step,
+        model.parameters(),
+        lambda model, norm: nn.utils.clip_grad_norm_(model.parameters(), norm),
+    )
+    weights = model.state_dict()
+    for answers in world4.run(on_ranks, LAYOUTS + CUT_LAYOUTS):
+        for got, state in answers:
+            assert got == pytest.approx(losses, rel=1e-10)
+            # AdamW divides by the root of squared gradients: where those are near nothing, rounding is not.
+            assert max((state[name] - x).abs().max().item() for name, x in weights.items()) < 1e-6
