@@ -614,11 +614,11 @@ def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int, steps:
 
 
 # %%
-one, two = (on_each_rank(train, train_step, targets, microbatches, 10)[0] for microbatches in (1, 2))
+one, two = (on_each_rank(train, train_step, targets, microbatches, 5)[0] for microbatches in (1, 2))
 print(f"{'microbatches':<34}{1:>10}{2:>10}")
 for what, get in {
     "loss of step 1": lambda run: f"{run['losses'][0]:.4f}",
-    "loss of step 10, with Adam": lambda run: f"{run['losses'][-1]:.4f}",
+    "loss of step 5, with Adam": lambda run: f"{run['losses'][-1]:.4f}",
     "gradients, norm over all": lambda run: f"{sum(g.norm() ** 2 for g in run['gradients'].values()) ** 0.5:.4f}",
     "calls of a step": lambda run: run["calls"],
     "bytes sent in a step": lambda run: f"{run['bytes']:,}",
