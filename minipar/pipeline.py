@@ -50,6 +50,7 @@ class Stages:
     The blocks are cut evenly; what is registered before them goes with the first, what comes behind with the last.
     The module that is given is changed: what lives on other ranks gives up its memory.
 
+    home: name of a parameter or buffer -> its stage.
     homes: parameter -> the stages that use it, two if it is tied and its names lie apart.
     """
 
@@ -60,7 +61,7 @@ class Stages:
                 f"pp={count} stages need {count} blocks or more, but {name} has {len(blocks)}: use pp <= {len(blocks)}"
             )
         self.model, self.window, self.cuts = model, Window(), bounds(len(blocks), count)
-        home = self._home_of_names(f"{name}.")
+        self.home = home = self._home_of_names(f"{name}.")
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
         for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
             self.homes[parameter].add(home[parameter_name])
@@ -89,12 +90,13 @@ class Stages:
         return next(stage for stage, end in enumerate(self.cuts[1:]) if place < end)
 
     def _home_of_names(self, blocks: str) -> dict[str, int]:
-        """Parameter name -> stage, in the order of registration."""
+        """Name of a parameter or buffer -> stage, in the order of registration."""
         home, stage = {}, 0
-        for name, _ in self.model.named_parameters(remove_duplicate=False):
-            if name.startswith(blocks):
-                stage = self._stage_of_block(int(name.removeprefix(blocks).split(".")[0]))
-            home[name] = stage  # what comes behind the last block stays with it
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            if prefix.startswith(blocks):
+                stage = self._stage_of_block(int(prefix.removeprefix(blocks).split(".")[0]))
+            for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                home[f"{prefix}.{name}" if prefix else name] = stage  # what comes behind the last block stays with it
         return home
 
 

@@ -91,6 +91,9 @@ class Parallel:
         self.state_names = {key: _first_name(self.module, key) for key in self.module.state_dict()}
         self.everything = dict(self.module.named_parameters())  # of all stages: name -> parameter
         self.shapes = {name: p.shape for name, p in self.everything.items()}
+        self.buffers = {
+            key: x for key, x in self.module.state_dict().items() if self.state_names[key] not in self.shapes
+        }
         self.streams = tensor.Streams(default_generator(self.device))
         self.region = tensor.Region(self.tp, sequence_parallel, self.streams)
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
@@ -323,9 +326,9 @@ class Parallel:
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer, whole, on every rank, under the keys of the original `state_dict()`."""
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
         whole = {name: self._whole(name, "data") for name in self.everything}
-        return {key: whole[name] if name in whole else buffers[key] for key, name in self.state_names.items()}
+        whole |= {key: self._whole_buffer(key) for key in self.buffers}
+        return {key: whole[name] for key, name in self.state_names.items()}
 
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take this rank's part of whole tensors, as `full_state_dict` gives them, from any layout."""
@@ -340,6 +343,9 @@ class Parallel:
             whole = state[name].to(self.device)
             share = parameter.cut.take(whole, self.tp) if hasattr(parameter, "cut") else whole
             parameter.data.copy_(share)
+        for key in self.buffers:
+            if self._owner_of_buffer(key) == self.pp.index:
+                self.module.get_buffer(key).copy_(state[key])
 
     def _whole(self, name: str, what: str) -> Tensor:
         """The whole parameter or gradient, from the first of its stages to all. A collective."""
@@ -351,6 +357,14 @@ class Parallel:
         else:
             value = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)
         return broadcast(value, self.pp, root)
+
+    def _whole_buffer(self, key: str) -> Tensor:
+        root = self._owner_of_buffer(key)
+        value = self.module.get_buffer(key) if root == self.pp.index else torch.empty_like(self.buffers[key])
+        return broadcast(value, self.pp, root)
+
+    def _owner_of_buffer(self, key: str) -> int:
+        return self.owner[self.stages.home[key]]
 
     # -- what happened --------------------------------------------------------------------------------------------
 
