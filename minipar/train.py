@@ -223,8 +223,8 @@ class Parallel:
     def _seed(self, action: Action) -> None:
         """Before a forward: random streams that depend on what is computed, not on the order of the schedule."""
         place = (self.seed, self.steps, self.dp.index, action.stage, action.microbatch)
-        own = self.tp.index + 1
-        outside = -own if self.region.sequence else 0  # parts of a sequence differ, copies of it agree
+        own = 1 + self.tp.index
+        outside = self.tp.size + own if self.region.sequence else 0  # parts of a sequence differ, copies of it agree
         self.streams.begin(hash((*place, outside)) % 2**63, hash((*place, own)) % 2**63)
 
     # -- inference ------------------------------------------------------------------------------------------------
