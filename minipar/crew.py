@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -50,19 +51,22 @@ def warm() -> None:
             forkserver.ensure_running()
 
 
+_hiding = threading.Lock()
+
+
 @contextmanager
 def _main_hidden() -> Iterator[None]:
     """A new process imports the caller's __main__ if it can tell where that lies. A rank must not: it would run the
     whole script once more."""
     main: dict[str, Any] = vars(sys.modules["__main__"])
-    kept: dict[str, Any] = {name: main.get(name) for name in ("__file__", "__spec__") if name in main}
-    main["__file__"] = main["__spec__"] = None
-    try:
-        yield
-    finally:
-        for name in ("__file__", "__spec__"):
-            del main[name]
-        main.update(kept)
+    with _hiding:
+        kept = [(name, main[name]) for name in ("__file__", "__spec__") if name in main]
+        main["__file__"] = main["__spec__"] = None
+        try:
+            yield
+        finally:
+            del main["__file__"], main["__spec__"]
+            main.update(kept)
 
 
 class Member:
@@ -113,6 +117,7 @@ class Crew:
         self.events = selectors.DefaultSelector()
         self.members: list[Member] = []
         self.folder = tempfile.mkdtemp(prefix="minipar-")
+        # Ends the ranks: when called, with this object, or with this process. True the first time.
         self.end = weakref.finalize(self, _end, os.getpid(), self.members, self.events, self.folder)
         Board.create(f"{self.folder}/board", size)
         self.board = Board(f"{self.folder}/board", size)
@@ -127,11 +132,13 @@ class Crew:
                 self.events.register(file, selectors.EVENT_READ, (rank, what))
 
     def wait_until_ready(self) -> None:
-        """Raises RuntimeError where a rank cannot start."""
+        """Raises RuntimeError where a rank cannot start, ValueError where that is for a wrong argument."""
         if self.ready:
             return
         for rank, outcome in self.listen(None)[0].items():
             if isinstance(outcome, Failure):
+                if outcome.kind == "ValueError":
+                    raise ValueError(outcome.text)
                 raise RuntimeError(f"rank {rank} cannot start: {outcome.kind}: {outcome.text}")
             if isinstance(outcome, Exit):
                 raise RuntimeError(f"rank {rank} cannot start: it {ending(outcome)}")
@@ -218,15 +225,16 @@ class Crew:
         return found
 
 
-def _end(owner: int, members: list[Member], events: selectors.BaseSelector, folder: str) -> None:
+def _end(owner: int, members: list[Member], events: selectors.BaseSelector, folder: str) -> bool:
     if os.getpid() != owner:  # a fork of the caller does not own the ranks
-        return
+        return False
     events.close()
     for member in members:
         member.kill()
     for member in members:
         member.close()
     shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 class Guard:

@@ -119,12 +119,15 @@ class World:
                 raise _error(crew, ended, verdict)
             if not clean:
                 warnings.warn(report.unmatched(crew.board.leftovers()), stacklevel=3)
+        except (OSError, ValueError):
+            if not self.closed:
+                raise
+            raise RuntimeError(f"{self} was closed while it ran") from None
         except KeyboardInterrupt:
             lines = report.table(crew.witnesses({})).values()
             raise Interrupted("stopped by you, while\n" + report.indent(lines)) from None
         finally:
-            if not clean:
-                self._end_crew()
+            if not clean and crew.end():  # unless it was ended from outside: by `close`, or with this process
                 self._crew = self._new_crew()  # it gets ready while the caller reads
         return [ended[rank] for rank in range(self.n)]
 

@@ -1,0 +1,40 @@
+"""Worlds for all tests of a session: a World replaces its ranks itself whenever a run has left them unusable."""
+
+from collections.abc import Iterator
+
+import cloudpickle
+import pytest
+
+from minipar import World
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send the functions of test files to ranks by value, so that ranks need not import pytest."""
+    for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+        cloudpickle.register_pickle_by_value(module)
+
+
+@pytest.fixture(scope="session")
+def world2() -> Iterator[World]:
+    with World(2) as world:
+        yield world
+
+
+@pytest.fixture(scope="session")
+def world4() -> Iterator[World]:
+    with World(4) as world:
+        yield world
+
+
+@pytest.fixture(scope="session")
+def world8() -> Iterator[World]:
+    with World(8) as world:
+        yield world
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call ranks deadlocked sooner."""
+    monkeypatch.setattr("minipar.crew.QUIET", 0.8)
+    monkeypatch.setattr("minipar.crew.SURE", 0.5)
+    monkeypatch.setattr("minipar.crew.LOOK", 0.1)
