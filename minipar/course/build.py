@@ -2,7 +2,7 @@
 
     chapters/src/*.py   ->  chapters/*.ipynb    executed, with outputs
     solutions/src/*.py  ->  solutions/*.ipynb   executed, with outputs
-                        ->  exercises/*.ipynb   answers taken out, outputs too (but for what checks print)
+                        ->  exercises/*.ipynb   answers and outputs taken out, checks folded
 
 A source is a Python file in jupytext's percent format. What a cell is for stands on its first line:
 
@@ -89,7 +89,7 @@ def solve(notebook: NotebookNode) -> NotebookNode:
 
 
 def blank(notebook: NotebookNode, solved: NotebookNode) -> NotebookNode:
-    """The exercise: answers, hints and outputs taken out, but for what the check cells of `solved` print."""
+    """The exercise: answers, hints and outputs taken out, checks folded, with what those of `solved` print."""
     printed = {cell.id: cell for cell in solved.cells if "check" in cell.metadata}
     exercise = _rewritten(notebook, _your_turn)
     exercise.cells = [c for c in exercise.cells if "hint" not in c.metadata and "solution" not in _tags(c)]
@@ -97,7 +97,7 @@ def blank(notebook: NotebookNode, solved: NotebookNode) -> NotebookNode:
         if cell.id in printed:
             cell.outputs = printed[cell.id].outputs
             cell.execution_count = printed[cell.id].execution_count
-            cell.metadata.update(editable=False, deletable=False)
+            cell.metadata.update(editable=False, deletable=False, jupyter={"source_hidden": True})
         elif "task" in cell.metadata:
             cell.metadata.update(deletable=False)
         elif cell.cell_type == "code":  # nbval has nothing to compare it with
