@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ def show_source(*functions: Callable[..., object]) -> None:
     """Display functions of the package as they stand in its files."""
     from IPython.display import Markdown, display
 
-    text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+    text = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
     display(Markdown(f"```python\n{text}\n```"))
 
 
@@ -342,7 +343,8 @@ def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: 
         parts: for each part of the legend, its size in each bar.
         unit: of the sizes, "MB" or "bytes" for instance.
     """
-    drawing, (panel,) = figure(7.0, 0.9 + 0.36 * len(names) + 0.22 * (len(parts) > 1))
+    legend_rows = -(-len(parts) // 4) if len(parts) > 1 else 0
+    drawing, (panel,) = figure(7.0, 0.9 + 0.36 * len(names) + 0.24 * legend_rows)
     totals = [sum(part[i] for part in parts.values()) for i in range(len(names))]
     left = [0.0] * len(names)
     for i, (part, sizes) in enumerate(parts.items()):
@@ -361,7 +363,7 @@ def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: 
     panel.tick_params(axis="y", length=0)
     panel.set_title(title, fontsize=10)
     if len(parts) > 1:
-        drawing.legend(loc="outside upper center", ncols=len(parts), fontsize=9, frameon=False)
+        drawing.legend(loc="outside upper center", ncols=min(len(parts), 4), fontsize=9, frameon=False)
     listed = "; ".join(
         f"{name}: " + ", ".join(f"{part} {sizes[i]:,.4g}" for part, sizes in parts.items())
         for i, name in enumerate(names)

@@ -137,7 +137,7 @@ _SCRIPT = """(() => {
       label.append(name + " ", input);
       if (sliders[i]) {
         Object.assign(input, {type: "range", min: 0, max: values[i].length - 1, value: 0});
-        label.append(document.createElement("output"));
+        label.append(document.createElement("span"));
       } else values[i].forEach((value, at) => input.append(new Option(value, at)));
       input.oninput = show;
       inputs.push(input);

@@ -13,7 +13,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]  # fmt: skip
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SETTINGS = {
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},  # every cell is in the page
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -107,7 +116,7 @@ def browser() -> Iterator[Tab]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as player:
-        chromium = player.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in QUIET])
+        chromium = player.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = chromium.new_page(viewport={"width": 1200, "height": 1000})
         tab = Tab(page)
 

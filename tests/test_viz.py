@@ -1,5 +1,6 @@
 """Pictures say what they should, to everyone: descriptions, colors, labels that do not overlap, frames that agree."""
 
+import inspect
 import itertools
 import queue
 import re
@@ -107,11 +108,19 @@ RUNS = {
     "many microbatches": simulate(one_f_one_b(4, 32)),
     "uneven": simulate(gpipe(4, 12), Costs(forward=lambda a: 0.2 + 0.5 * (a.microbatch % 3), backward_weight=0.1)),
     "virtual stages": Timeline(
-        [Span(r, Action(Op.F, r + 2 * c, m), 4 * c + m, 4 * c + m + 0.9) for r in (0, 1) for c in (0, 1) for m in range(4)]
+        [
+            Span(r, Action(Op.F, r + 2 * c, m), 4 * c + m, 4 * c + m + 0.9)
+            for r in (0, 1)
+            for c in (0, 1)
+            for m in range(4)
+        ]
     ),
     "with communication": Timeline(
-        [Span(0, Action(Op.F, 0, 0), 0, 1), Span(0, Action(Op.SEND_ACTIVATION, 0, 0), 1, 1.5)]
-        + [Span(1, Action(Op.F, 1, 0), 1.5, 2.5)]
+        [
+            Span(0, Action(Op.F, 0, 0), 0, 1),
+            Span(0, Action(Op.SEND_ACTIVATION, 0, 0), 1, 1.5),
+            Span(1, Action(Op.F, 1, 0), 1.5, 2.5),
+        ]
     ),
 }
 
@@ -127,7 +136,23 @@ def test_no_label_of_a_timeline_overlaps_another_or_leaves_its_box(run):
         label = text.get_window_extent()
         middle = (label.x0 + label.x1) / 2, (label.y0 + label.y1) / 2
         (box,) = [b for b in boxes if b.contains(*middle)]
+        assert text.get_fontsize() >= 4.5
         assert box.x0 <= label.x0 and label.x1 <= box.x1 and box.y0 <= label.y0 and label.y1 <= box.y1
+
+
+def test_a_legend_of_many_parts_stays_on_the_page():
+    drawing = viz.draw_bars(["one"], {f"a long name {i}": [1] for i in range(8)}, "MB")
+    canvas = FigureCanvasAgg(drawing)
+    canvas.draw()
+    page, legend = drawing.bbox, drawing.legends[0].get_window_extent(canvas.get_renderer())
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and legend.y1 <= page.y1
+
+
+def test_the_source_that_is_shown_is_the_one_in_the_file(monkeypatch):
+    bundles = shown(monkeypatch)
+    viz.show_source(Mesh.line, ring_all_reduce)
+    text = bundles[0].data
+    assert text.startswith("```python\ndef line(self") and inspect.getsource(ring_all_reduce).rstrip() in text
 
 
 def test_a_timeline_names_its_unit_and_the_stages_where_they_are_virtual():
@@ -207,7 +232,8 @@ def test_the_picture_of_the_ring_shows_what_the_ring_does(n):
     # Chunk c of rank r holds 2^r and 1000 c: a sum tells whose numbers are in it, and its chunk where n terms are.
     mine = [torch.tensor([2.0**r + 1000 * c for c in range(n)], dtype=torch.float64) for r in ranks]
     threads = [
-        threading.Thread(target=ring_all_reduce, args=(mine[r], Axis("dp", ranks, r, wires[r])), daemon=True) for r in ranks
+        threading.Thread(target=ring_all_reduce, args=(mine[r], Axis("dp", ranks, r, wires[r])), daemon=True)
+        for r in ranks
     ]
     for thread in threads:
         thread.start()

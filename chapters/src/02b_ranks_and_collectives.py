@@ -35,12 +35,13 @@
 
 # %%
 import os
+import time
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from minipar import Mesh, RankError, World, connect, ledger, viz, widgets
+from minipar import Mesh, RankError, World, connect, ledger, rings, viz, widgets
 from minipar.collectives import all_gather, all_reduce, broadcast, irecv, isend, recv, reduce_scatter, send
 from minipar.rings import ring_all_gather, ring_all_reduce, ring_reduce_scatter, tree_broadcast
 
@@ -56,6 +57,7 @@ world = World(4)
 #
 # `torch.distributed`, imported as `dist`, is PyTorch's part for talking between ranks. Two of its functions tell a
 # rank where it is: `get_rank()` and `get_world_size()`.
+
 
 # %%
 def where_am_i():
@@ -96,7 +98,9 @@ assert shared == []
 #
 # Section 2.2 of the document defines parallelism as cutting a computation into subtasks that run at the same time on
 # several nodes. That is right, and it leaves out the half that makes it hard: the subtasks need each other's results.
-# In this course you will cut very little that does not have to be sewn together again.
+# In this course you will cut very little that does not have to be sewn together again. Section 2.3 gives computing
+# time as the reason for all this. The first question above gave the other one, memory: a model that does not fit on
+# one device cannot be trained there at any speed.
 #
 # ## 2. Send and receive
 #
@@ -168,15 +172,16 @@ except RankError as report:
 viz.show(viz.draw_waits({rank: (rank + 1) % 4 for rank in range(4)}))
 
 # %% [markdown] lang="en"
-# The arrows close a loop. Nobody in a loop can move, so nobody ever will: this is a **deadlock**. Nothing crashed,
-# and no message appears. On a cluster the job would wait until a time limit ends it: PyTorch's default is 30 minutes
-# with gloo, its CPU backend, and 10 with nccl, its GPU backend. The report above comes from minipar's `World`: when
-# no rank has moved for five seconds, it asks each one where it stands and names the loop.
+# The arrows close a circle. Nobody in a circle can move, so nobody ever will: this is a **deadlock**. Nothing
+# crashed, and no message appears. On a cluster the job would wait until a time limit ends it: PyTorch's default is 30
+# minutes with gloo, its CPU backend, and 10 with nccl, its GPU backend. The report above comes from minipar's
+# `World`: when no rank has moved for five seconds, it asks each one where it stands and names the circle.
 #
 # Some libraries copy small tensors into a buffer and return from `send` at once. The same mistake then works in a
 # small test and hangs with real sizes. Here it hangs with 4 bytes, which is kinder.
 #
-# **Mend it, first way.** Break the loop at one place: rank 0 receives first.
+# **Mend it, first way.** Break the circle at one place: rank 0 receives first.
+
 
 # %%
 def rank_0_receives_first():
@@ -199,6 +204,7 @@ print(world.run(rank_0_receives_first))
 # **Mend it, second way.** `isend` and `irecv` (i for *immediate*) only start a transfer. They return at once, with an
 # object whose `wait()` returns when it is done. Now all four transfers are under way at the same time.
 
+
 # %%
 def everyone_starts_then_waits():
     me, n = dist.get_rank(), dist.get_world_size()
@@ -218,16 +224,19 @@ assert got == world.run(rank_0_receives_first) == [(rank - 1) % 4 for rank in ra
 # This exchange is the heartbeat of what follows. One rule comes with it: until `wait()` has returned, do not touch
 # the tensor. Before that, `from_left` may still hold anything.
 #
-# ### The mistake that does not hang
+# ### A mistake that most ranks do not notice
 #
-# A second mistake is worse, because nothing stops: ranks that disagree about sizes. gloo adds a tensor of 3 numbers
-# to one of 2 numbers across ranks without an error; some rank gets wrong numbers and goes on. So a `World` compares
-# what the ranks are about to do, before they do it.
+# The second mistake that everybody makes: ranks that disagree about sizes. Say the last rank has one row more than
+# the others. What gloo makes of it depends on the sizes. With 2, 2, 2 and 3 numbers we saw three ranks return, with
+# whatever they had added, while the fourth waited forever; with larger differences a process was aborted. Neither
+# tells you what went wrong. So a `World` compares what the ranks are about to do, before they do it.
+
 
 # %%
 def sum_of_rows():
-    rows = 3 if dist.get_rank() == 2 else 2  # rank 2 has the last, longer piece of the data
-    x = torch.ones(rows)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    time.sleep(0.3 * last)  # more rows take longer to load
+    x = torch.ones(3 if last else 2)
     dist.all_reduce(x)
     return x
 
@@ -252,6 +261,7 @@ except RankError as report:
 # all four ranks on it. And they keep a **ledger**: who sent how many bytes. The next cell makes a function that runs
 # an operation on every rank with the ledger open.
 
+
 # %%
 def numbers(rank, count):
     """The same `count` random numbers for a rank, whoever asks: float32, 4 bytes each."""
@@ -259,7 +269,7 @@ def numbers(rank, count):
 
 
 def on_this_rank(operation, count):
-    axis = connect(Mesh(dp=dist.get_world_size()))["dp"]  # all ranks in one line; section 8 explains meshes
+    axis = connect(Mesh(dp=dist.get_world_size()))["dp"]  # all ranks in one line; section 9 explains meshes
     x = numbers(axis.index, count)
     with ledger() as book:
         y = operation(x, axis)
@@ -269,6 +279,7 @@ def on_this_rank(operation, count):
 def counted(operation, count, where=world):
     """Run operation(x, axis) on all ranks; gives their results, and the bytes that each of them sent."""
     return zip(*where.run(on_this_rank, operation, count), strict=True)
+
 
 # %% [markdown] lang="en"
 # **Question.** Write broadcast with `send` and `recv`. For a tensor of $M$ bytes and four ranks: how many times $M$
@@ -294,8 +305,8 @@ assert all(torch.equal(y, numbers(0, 1_000_000)) for y in results)
 print("you wrote:", prediction, "- sent, in units of M:", [sent / M for sent in direct])
 
 # %% [markdown] lang="en"
-# Rank 0 sends everything, one after the other, and three ranks that already have the tensor, or could have it, do
-# nothing. With 1,024 ranks it would send 1,023 times.
+# Rank 0 sends everything, one after the other, and the ranks that already have the tensor do nothing. With 1,024
+# ranks it would send 1,023 times.
 #
 # **What the package does.** Whoever has the tensor helps. After the first round two have it, then four, then eight:
 # a *tree*, and $\log_2 n$ rounds.
@@ -310,8 +321,13 @@ with World(8) as eight:
     _, direct8 = counted(broadcast_by_hand, 1_000_000, eight)
     _, tree8 = counted(tree_broadcast, 1_000_000, eight)
 assert max(direct8) == 7 * M and max(tree8) == 3 * M and sum(direct8) == sum(tree8) == 7 * M
-each = {f"rank {rank}": [direct8[rank] / M, tree8[rank] / M] for rank in range(8)}
-viz.show(viz.draw_bars(["direct", "tree"], each, "× M sent", "Broadcast on 8 ranks: who sends"))
+
+drawing, panels = viz.figure(7, 2.4, columns=2)
+for panel, name, sent in zip(panels, ("direct", "tree"), (direct8, tree8), strict=True):
+    panel.bar(range(8), [b / M for b in sent], color=viz.PALETTE[0], edgecolor=viz.INK)
+    panel.set(title=name, xlabel="rank", ylabel="× M sent", ylim=(0, 7.5), xticks=range(8))
+told = ", ".join(f"rank {rank} {d // M} and {t // M}" for rank, (d, t) in enumerate(zip(direct8, tree8, strict=True)))
+viz.show(drawing, alt=f"Bars: what each of 8 ranks sends in a broadcast, direct and as a tree, in units of M: {told}.")
 
 # %% [markdown] lang="en"
 # The total is the same, 7 × $M$: seven ranks lack the tensor, and each must get it once. What changes is the busiest
@@ -344,9 +360,9 @@ def all_reduce_by_hand(x, axis):
 
 
 whole = sum(numbers(rank, 1_000_000) for rank in range(4))  # one process
-results, centre = counted(all_reduce_by_hand, 1_000_000)
+results, center = counted(all_reduce_by_hand, 1_000_000)
 assert all(torch.allclose(y, whole, atol=1e-5) for y in results)
-print("you wrote:", prediction, "- sent, in units of M:", [sent / M for sent in centre])
+print("you wrote:", prediction, "- sent, in units of M:", [sent / M for sent in center])
 
 # %% [markdown] lang="en"
 # Right, and badly balanced: rank 0 sends 3 × $M$ and receives 3 × $M$, while its neighbors send $M$. With 1,024 ranks
@@ -375,6 +391,16 @@ print("you wrote:", prediction, "- sent, in units of M:", [sent / M for sent in 
 widgets.ring_explorer()
 
 # %% [markdown] lang="en"
+# Count them, without a picture:
+
+# %%
+complete = [sum(len(copy) == 4 for row in viz.ring_state(4, step).held for copy in row) for step in range(7)]
+print("complete copies after step 0 to 6:", complete)
+assert complete == [0, 0, 0, 4, 8, 12, 16]
+for n in (4, 64, 1024):
+    print(f"{n:>5} ranks: each sends {2 * (n - 1) / n:.3f} M, rank 0 of the first attempt {n - 1:>5} M")
+
+# %% [markdown] lang="en"
 # The first complete sums appear after step 3, one on each rank; all 16 are there after step 6. In each step a rank
 # sends one chunk, so $M/n$ bytes:
 #
@@ -389,8 +415,8 @@ widgets.ring_explorer()
 #
 # One step needs the exchange from section 3: start sending to the right, receive from the left. Which chunk leaves?
 # Rank $r$ must end with chunk $r$. So its last *incoming* chunk is $r$, the one before is $r-1$, and what comes in at
-# one step leaves at the next. At step $s$ rank $r$ sends chunk $r - 1 - s$ (modulo $n$) and receives chunk $r - 2 -
-# s$.
+# one step leaves at the next. At step $s$ rank $r$ sends chunk $r-1-s$ (modulo $n$) and receives chunk $r-2-s$.
+
 
 # %%
 def reduce_scatter_by_hand(x, axis):
@@ -416,15 +442,15 @@ assert set(sent) == {3 * M // 4}
 # package's version:
 
 # %%
-viz.show_source(ring_reduce_scatter, ring_all_gather, ring_all_reduce)
+viz.show_source(rings._shift, ring_reduce_scatter, ring_all_gather, ring_all_reduce)
+print("5 numbers, cut for 4 ranks by chunk:", [len(piece) for piece in torch.ones(5).chunk(4)])
 
 # %% [markdown] lang="en"
 # What it does better than our attempt, and why:
 #
-# - It receives *before* it sends (look at `_shift` in `minipar/rings.py`): a receive that is posted early lets the
-#   data go straight to its place.
-# - It takes tensors whose size the ranks do not divide: `ring_all_reduce` adds zeros to make chunks of one size, and
-#   cuts them off at the end. Our attempt with 10 numbers and 4 ranks would sum chunks of unequal length.
+# - It receives *before* it sends (`_shift`): a receive that is posted early lets the data go straight to its place.
+# - It takes tensors of any size: `ring_all_reduce` adds zeros until the ranks divide it, and cuts them off at the
+#   end. Our attempt fails with 5 numbers on 4 ranks, because `chunk` then gives three pieces, as the last line shows.
 # - It returns a copy of the chunk, so the caller can change it without changing `x`.
 #
 # ## 6. Four collectives and how they hang together
@@ -434,6 +460,7 @@ viz.show_source(ring_reduce_scatter, ring_all_gather, ring_all_reduce)
 #
 # **Predict** each of the four pictures before you run the cell: what do ranks 0 to 3 hold after a broadcast from rank
 # 0, after an all-reduce, after a reduce-scatter, and after an all-gather of what the reduce-scatter gave?
+
 
 # %%
 def four_collectives():
@@ -516,14 +543,15 @@ assert among_ranks and not as_one_process and largest < 1e-5
 loopback = next(name for name in psutil.net_if_stats() if name.startswith("lo"))
 
 
-def bytes_on_the_loopback(operation, count, tries=5):
-    """What passed while the ranks worked. Other programs use the loopback, too, so the least of some tries."""
+def bytes_on_the_loopback(operation, count, tries=30):
+    """What passed while the ranks worked. Others use the loopback, too: try until the two least tries agree."""
     seen = []
-    for _ in range(tries):
+    while len(seen) < 2 or (len(seen) < tries and seen[1] > 1.01 * seen[0]):
         before = psutil.net_io_counters(pernic=True)[loopback].bytes_sent
         world.run(on_this_rank, operation, count)
         seen.append(psutil.net_io_counters(pernic=True)[loopback].bytes_sent - before)
-    return min(seen)
+        seen.sort()
+    return seen[0]
 
 
 def witness(operation, count):
@@ -534,10 +562,11 @@ def witness(operation, count):
 
 
 for operation in (tree_broadcast, ring_all_reduce, all_reduce, reduce_scatter):
-    assert 0.99 < witness(operation, 1_000_000) < 1.1
+    assert witness(operation, 1_000_000) > 0.99  # whatever is booked has passed; other programs can only add
 
 # %% [markdown] lang="en"
-# The books are right to within a few per cent: what is left are packet headers and acknowledgements.
+# On a quiet computer the ratio is 1.0: all that is booked has passed, and nothing else. (Packet headers and
+# acknowledgements add less than one per cent. If yours is larger, another program used the loopback meanwhile.)
 #
 # A witness is worth having, because a formula and a program can be wrong together. One example. PyTorch has a
 # reduce-scatter of its own. **Predict:** for 4 ranks, how many times $M$ do all ranks together send in it? The table
@@ -555,6 +584,7 @@ def torch_reduce_scatter(x, axis):
 
 seen = bytes_on_the_loopback(torch_reduce_scatter, 1_000_000) / M
 print(f"you wrote: {prediction} - the loopback saw {seen:.1f} M")
+assert seen > 5.9
 viz.show_source(reduce_scatter)
 
 # %% [markdown] lang="en"
@@ -572,10 +602,9 @@ viz.show_source(reduce_scatter)
 # **Predict:** where do the lines cross on your machine, the one of `all_reduce_by_hand` and the one of the ring? The
 # times below are your own: they depend on your machine, and on what else it does.
 
+
 # %%
 def seconds(operation, count, repeats=7):
-    import time
-
     axis, taken = connect(Mesh(dp=4))["dp"], []
     x = torch.ones(count)
     for _ in range(repeats):
@@ -583,7 +612,7 @@ def seconds(operation, count, repeats=7):
         start = time.perf_counter()
         operation(x, axis)
         taken.append(time.perf_counter() - start)
-    return sorted(taken)[repeats // 2]
+    return min(taken)  # what other programs do can only add
 
 
 sizes = [4**k for k in range(12)]  # numbers: 4 bytes to 16 MB
@@ -593,13 +622,16 @@ times = {
 }
 
 # %%
-drawing, (panel,) = viz.figure(7, 3.2)
+drawing, (panel,) = viz.figure(7, 3.4)
 for (name, taken), color, marker in zip(times.items(), viz.PALETTE, "osv", strict=False):
     panel.loglog([4 * s for s in sizes], [1e3 * t for t in taken], color=color, marker=marker, label=name)
 panel.set(xlabel="size of the tensor (bytes)", ylabel="milliseconds", title="All-reduce on 4 ranks, on this machine")
-panel.legend(frameon=False, fontsize=9)
-viz.show(drawing, alt="Time of three all-reduces against the size of the tensor, measured on the machine that ran this "
-         "notebook. All are flat for small tensors, where latency counts, and rise in proportion for large ones.")  # fmt: skip
+drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+viz.show(
+    drawing,
+    alt="Milliseconds of three all-reduces against the size of the tensor, measured on the machine that ran this "
+    "notebook. The lines are flat for small tensors, where latency counts, and rise for large ones.",
+)
 
 # %% [markdown] lang="en"
 # Each line has a flat part, where latency counts, and a rising part, where bytes count. On one machine the four ranks
@@ -613,7 +645,7 @@ viz.show(drawing, alt="Time of three all-reduces against the size of the tensor,
 # ranks that talk to each other. Think of the ranks as a grid with one direction, an **axis**, per kind. That is a
 # **mesh**. It is nothing but arithmetic: no process is needed for it.
 #
-# Section 1.2 and 2.2 of the document name three kinds: model, data and pipeline parallelism. It is worth being more
+# Sections 1.2 and 2.2 of the document name three kinds: model, data and pipeline parallelism. It is worth being more
 # exact than they are:
 #
 # | axis | name | what is cut | what travels |
@@ -651,6 +683,7 @@ viz.show(viz.draw_mesh(mesh, "tp"))
 #
 # **Attempt.** Write `coordinate(rank, shape)` in at most 15 lines, from division and remainder alone. The last
 # axis varies fastest.
+
 
 # %%
 def coordinate(rank, shape):
@@ -711,11 +744,16 @@ print("the ledger of rank 5, bytes by axis:", answers[5][1])
 # - **rank**: one of the processes that work together, and its number. Ranks share nothing; what is to be known is
 #   sent.
 # - **send, recv**: wait for each other. **isend, irecv**: start, and `wait()` later.
-# - **deadlock**: a loop of ranks, each of which waits for the next.
+# - **deadlock**: a circle of ranks, each of which waits for the next.
 # - **collective**: an operation that all ranks of a group call together.
 # - **all-reduce** = **reduce-scatter** + **all-gather**; each half sends $(n-1)/n$ × $M$ per rank.
 # - **mesh, axis, group**: a grid of ranks, one of its directions, the ranks on one line along it.
 # - **ledger**: the bytes a rank sent, by axis; the loopback's counter agrees.
+#
+# **Exercises.** The graded tasks begin with the next chapter, in [its exercise
+# notebook](../exercises/03a_data_parallel.ipynb). Before you go there, three things to try here, in new cells: write
+# `all_gather_by_hand` (section 5), if you have not; make the deadlock of section 3 with two ranks, and mend it; write
+# `broadcast_by_hand` so that each rank passes the tensor on to its right neighbor, and say when that beats the tree.
 #
 # ## Three questions to take along
 #
