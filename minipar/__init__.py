@@ -1,16 +1,33 @@
 """Hybrid parallelism for language models, small enough to read whole."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .collectives import Axis, connect
-from .mesh import Mesh
-from .model import Config, gpt
-from .schedule import gpipe, one_f_one_b
-from .tensor import cross_entropy
-from .timeline import Costs, Timeline, bubble, simulate
-from .train import parallelize
-from .transport import ledger
-from .world import RankError, World, here, main
+if TYPE_CHECKING:
+    from .collectives import Axis, connect
+    from .mesh import Mesh
+    from .model import Config, gpt
+    from .schedule import gpipe, one_f_one_b
+    from .tensor import cross_entropy
+    from .timeline import Costs, Timeline, bubble, simulate
+    from .train import parallelize
+    from .transport import ledger
+    from .world import RankError, World, here, main
+
+# Where the names are. A module is imported when one of its names is first used: the command line answers at once,
+# without waiting for torch.
+_HOMES = {
+    "collectives": ("Axis", "connect"),
+    "mesh": ("Mesh",),
+    "model": ("Config", "gpt"),
+    "schedule": ("gpipe", "one_f_one_b"),
+    "tensor": ("cross_entropy",),
+    "timeline": ("Costs", "Timeline", "bubble", "simulate"),
+    "train": ("parallelize",),
+    "transport": ("ledger",),
+    "world": ("RankError", "World", "here", "main"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Axis",
@@ -32,6 +49,21 @@ __all__ = [
     "parallelize",
     "simulate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        if name in _HOME:
+            return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        return import_module(f".{name}", __name__)  # a module: minipar.corpus, minipar.viz
+    except ModuleNotFoundError as missing:
+        if missing.name != f"{__name__}.{name}":
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -27,7 +27,11 @@ from .rank import Failure, Frame, Seat, live
 from .report import TORCH, Output, Witness, ending
 
 FORK = sys.platform == "linux"
-PRELOAD = ["torch._dynamo", "minipar.rank"]  # torch imports its compiler when the first optimizer is made
+PRELOAD = [
+    "torch._dynamo",
+    "minipar.rank",
+    "minipar.train",
+]  # torch imports its compiler when the first optimizer is made
 LOOK = 0.25  # seconds between two looks at the board
 QUIET = 5.0  # seconds without any movement after which ranks that all wait are called deadlocked
 SLOW = 60.0  # the same where all have come to their call, and only bytes may be under way
