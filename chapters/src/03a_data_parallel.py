@@ -33,6 +33,7 @@
 # </details>
 
 # %%
+import tempfile
 import time
 
 import torch
@@ -61,7 +62,7 @@ world = World(4)
 
 # %%
 config = Config()  # 4 blocks of width 128
-tokens, targets = next(corpus.batches(steps=1, rows=8, context=32))  # (8, 32) each; a target is the next token
+tokens, targets = next(corpus.batches(steps=1, rows=8, context=32))  # 8 rows of 32 tokens each
 
 
 def fresh(dtype=torch.float64):
@@ -70,11 +71,13 @@ def fresh(dtype=torch.float64):
 
 
 def mean_loss(model, tokens, targets):
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())  # the mean over the given tokens
+    """The mean over the given tokens. The target of a token is the one that follows it."""
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
 
 def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])  # all of it, as one long vector
+    """All of it, as one long vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def distance(got, wanted):
@@ -104,9 +107,8 @@ def my_rows(axis, *batch):
 
 
 shares = [share.tolist() for share in rows(torch.arange(8), 4)]
-viz.show(
-    viz.draw_tensors({"rows that all are given": [list(range(8))] * 4, "it computes": shares}, hue=lambda row: row // 2)
-)
+table = {"rows that all are given": [list(range(8))] * 4, "it computes": shares}
+viz.show(viz.draw_tensors(table, hue=lambda row: row // 2))
 
 # %% [markdown] lang="en"
 # The batch's loss is a mean over all tokens. The shares are equally large, so it is also the mean of the four ranks'
@@ -117,8 +119,15 @@ viz.show(
 # Each rank can compute its own $\nabla L_r$ without asking anyone. One all-reduce gives the sum to all. This line is
 # all of data parallelism; the rest of the chapter is about doing it fast, and about the ways to get it wrong.
 #
+# (Section 3.1 of the document says that data parallelism spreads the training data over several nodes, which process
+# it in parallel. That is so. What makes it *one* training run and not four is the sum.)
+#
 # **Question.** Let every rank all-reduce the gradient of each parameter tensor, one after the other. How many calls
-# are that, and how many bytes does each rank send? (The cell above printed what you need.)
+# are that, and how many bytes does each rank send? (The number of tensors and $M$, the bytes of the whole gradient,
+# were printed above.)
+#
+# In the code, `connect(Mesh(dp=4))["dp"]` is an axis with all four ranks on it, as in chapter 2b, and `axis.index` is
+# this rank's place on it.
 
 # %%
 prediction = None  # (calls, bytes)
@@ -147,15 +156,17 @@ assert all(distance(g, alone) < 1e-12 for g in merged)
 
 # %%
 drawing, (panel,) = viz.figure(6.5, 2.6)
-for i, (label, found) in enumerate({"its own rows only": own, "after the all-reduce": merged}.items()):
+panel.set_prop_cycle(color=viz.PALETTE[1:])
+cases = ("its own rows only", own, -0.19), ("after the all-reduce", merged, 0.19)
+for label, found, shift in cases:
     heights = [max(distance(g, alone), 1e-17) for g in found]
-    panel.bar([rank + 0.38 * i - 0.19 for rank in range(4)], heights, 0.36, color=viz.PALETTE[i + 1], label=label)
+    panel.bar([rank + shift for rank in range(4)], heights, 0.36, label=label)
 panel.set(yscale="log", ylim=(1e-17, 500), ylabel="distance to one process", xticks=range(4))
 panel.set_xticks(range(4), [f"rank {rank}" for rank in range(4)])
 panel.legend(frameon=False, ncols=2, loc="upper right", fontsize=9)
 alt = (
-    "Each rank's gradient compared with one process, on a logarithmic scale. From its own two rows it is off by about "
-    "the size of the gradient itself; after the all-reduce by less than 1e-12 of it."
+    "Each rank's gradient compared with one process, on a logarithmic scale. From its own two rows "
+    "it is off by about its own size; after the all-reduce by less than 1e-12 of it."
 )
 viz.show(drawing, alt)
 
@@ -199,10 +210,11 @@ def weight_after(optimizer, gradient):
 
 print("you wrote:", prediction)
 for optimizer in (torch.optim.SGD, torch.optim.Adam):
-    by_gradients = weight_after(optimizer, (3 - 1) / 2)
-    by_updates = (weight_after(optimizer, 3) + weight_after(optimizer, -1)) / 2
-    print(f"{optimizer.__name__:<5} merging gradients: {by_gradients:.2f}, merging updates: {by_updates + 0:.2f}")
-    assert (abs(by_gradients - by_updates) < 1e-12) == (optimizer is torch.optim.SGD)
+    merged_gradient = weight_after(optimizer, (3 - 1) / 2)
+    merged_update = (weight_after(optimizer, 3) + weight_after(optimizer, -1)) / 2
+    print(f"{optimizer.__name__:<5} merged gradients: {merged_gradient:.2f}")
+    print(f"{'':<5} merged updates:   {merged_update:.2f}")
+    assert (abs(merged_gradient - merged_update) < 1e-12) == (optimizer is torch.optim.SGD)
 
 # %% [markdown] lang="en"
 # With SGD both ways end at −0.1. With Adam the ranks vote +1 and −1, and the weight stays where it was. The rule
@@ -246,7 +258,7 @@ cases = {
     "SGD with momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),
 }
-apart = {name: world.run(two_ways, kind, settings, batches)[0] for name, (kind, settings) in cases.items()}
+apart = {name: world.run(two_ways, *case, batches)[0] for name, case in cases.items()}
 for name, steps in apart.items():
     print(f"{name:<18} after each step:", *(f"{x:.0e}" for x in steps))
 assert max(apart["SGD"] + apart["SGD with momentum"]) < 1e-12 and min(apart["AdamW"]) > 0.1
@@ -259,8 +271,8 @@ panel.set(xticks=[1, 2, 3], xlabel="step", ylabel="apart, share of the way", yli
 panel.set_title("Merging updates against merging gradients", fontsize=10)
 panel.legend(frameon=False, fontsize=9, loc="center right")
 alt = (
-    "Distance between weights from merged updates and from merged gradients over three steps. For SGD with and without "
-    "momentum it stays near 1e-14; for AdamW it is a large share of the way from the first step on."
+    "Distance between weights from merged updates and from merged gradients over three steps. "
+    "For SGD with and without momentum it stays near 1e-14; for AdamW it is a large share of the way."
 )
 viz.show(drawing, alt)
 
@@ -331,24 +343,24 @@ assert calls == len(cut_into_buckets(model.parameters(), LIMIT)) < tensors / 4
 
 
 # %%
-def exchange_seconds(limit, repeats=5):
+def exchange_seconds(tokens, targets, limit, repeats=5):
     axis, model, taken = connect(Mesh(dp=4))["dp"], fresh(), []
-    buckets = [sum(p.numel() for p in bucket) for bucket in cut_into_buckets(model.parameters(), limit)]
-    flats = [torch.ones(size, dtype=torch.float64) for size in buckets]
+    mean_loss(model, *my_rows(axis, tokens, targets)).backward()
+    flats = [pack(bucket) for bucket in cut_into_buckets(model.parameters(), limit)]
     for _ in range(repeats):
         all_reduce(torch.zeros(1), axis)  # all ranks begin together
         start = time.perf_counter()
         for flat in flats:
             all_reduce(flat, axis)
         taken.append(time.perf_counter() - start)
-    return sorted(taken)[repeats // 2], len(buckets)
+    return sorted(taken)[repeats // 2], len(flats)
 
 
-limits = {"a tensor each": 1, "128 KiB": 2**17, "512 KiB": 2**19, "2 MiB": 2**21, "all in one": 2**40}
-found = {name: max(world.run(exchange_seconds, limit)) for name, limit in limits.items()}
+limits = {"a tensor each": 1, "128 KiB": 2**17, "512 KiB": LIMIT, "2 MiB": 2**21, "all in one": 2**40}
+found = {name: max(world.run(exchange_seconds, tokens, targets, limits[name])) for name in limits}
 names = [f"{name}: {calls} call{'s' * (calls > 1)}" for name, (_, calls) in found.items()]
-times = [1000 * seconds for seconds, _ in found.values()]
-viz.show(viz.draw_bars(names, {"time": times}, "ms for one exchange, on this machine", "Size of buckets"))
+times = {"time": [1000 * seconds for seconds, _ in found.values()]}
+viz.show(viz.draw_bars(names, times, "ms for one exchange, on this machine", "Size of buckets"))
 
 # %% [markdown] lang="en"
 # **The package's version.** Our `pack` copies all gradients into a new tensor, and `unpack` back. minipar allocates
@@ -370,8 +382,8 @@ viz.show_source(Gradients.__init__, Gradients.attach)
 # If few calls are good, why not one? Because of *when* it can start. Backward computes gradients one by one. As soon
 # as a bucket's last gradient is there, its all-reduce could set off, while backward goes on with the rest.
 #
-# PyTorch lets you watch. A **hook** is a function of yours that PyTorch calls at a certain moment; the one with the
-# long name is called each time a parameter's gradient is complete.
+# PyTorch lets you watch. A **hook** is a function of yours that PyTorch calls at a certain moment. What you register
+# with `register_post_accumulate_grad_hook` is called each time a parameter's gradient is complete.
 #
 # **Question.** Whose gradient is ready first, the one of the token embedding (which forward uses first) or the one of
 # the head (which it uses last)?
@@ -422,8 +434,9 @@ def run_overlapped(tokens, targets, limit):
 
 
 merged, calls_now, sent = world.run(run_overlapped, tokens, targets, LIMIT)[0]
-print(f"{calls_now} calls, {sent:,} bytes, distance to one process {distance(merged, alone):.0e}")
-assert distance(merged, alone) < 1e-12 and (calls_now, sent) == (calls, 2 * 3 / 4 * M)
+off = distance(merged, alone)
+print(f"{calls_now} calls, {sent:,} bytes, distance to one process {off:.0e}")
+assert off < 1e-12 and (calls_now, sent) == (calls, 2 * 3 / 4 * M)
 
 # %% [markdown] lang="en"
 # The same gradient, the same calls and bytes. The difference is in time, so let us record it: on rank 0, when each
@@ -434,15 +447,16 @@ assert distance(merged, alone) < 1e-12 and (calls_now, sent) == (calls, 2 * 3 / 
 
 # %%
 def recorded(tokens, targets, limit):
-    axis, model, ready, moved, done = connect(Mesh(dp=4))["dp"], fresh(), [], [], []
+    axis, model, now = connect(Mesh(dp=4))["dp"], fresh(), time.perf_counter
+    ready, moved, done = [], [], []
 
     def start(x, axis):
-        began, pending = time.perf_counter(), start_all_reduce(x, axis)
-        done.append(pending.work.get_future().then(lambda _: moved.append((began, time.perf_counter()))))
+        began, pending = now(), start_all_reduce(x, axis)
+        done.append(pending.work.get_future().then(lambda _: moved.append((began, now()))))
         return pending
 
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda _: ready.append(time.perf_counter()))
+        p.register_post_accumulate_grad_hook(lambda _: ready.append(now()))
     overlapped(axis, model, tokens, targets, limit, start)
     for arrival in done:
         arrival.wait()
@@ -459,12 +473,13 @@ for _ in range(2):  # the first round is for warming up
 
 # %%
 def draw_exchange(panel, ready, moved, title, lanes):
-    """Above: a line when a gradient was ready. Below: a box for each bucket, from its start to its arrival."""
-    panel.barh(0, 1000 * ready[-1], height=0.8, color=viz.PALETTE[1], alpha=0.35)
-    panel.eventplot([1000 * t for t in ready], lineoffsets=0, linelengths=0.8, colors=viz.INK, linewidths=0.7)
+    """Above: a line when a gradient was ready. Below: a box a bucket, from start to arrival."""
+    panel.barh(0, 1000 * ready[-1], 0.8, color=viz.PALETTE[1], alpha=0.35)
+    panel.vlines([1000 * t for t in ready], -0.4, 0.4, color=viz.INK, lw=0.7)
     for i, (start, end) in enumerate(moved):
-        box = {"left": 1000 * start, "height": 0.8, "color": viz.PALETTE[(0, 5)[i % 2]], "ec": viz.INK, "lw": 0.5}
-        panel.barh(1 + i % lanes, 1000 * (end - start), **box)
+        color = viz.PALETTE[(0, 5)[i % 2]]
+        lane, size = 1 + i % lanes, 1000 * (end - start)
+        panel.barh(lane, size, 0.8, left=1000 * start, color=color, ec=viz.INK, lw=0.5)
     panel.set(ylim=(lanes + 0.7, -0.7), xlabel="ms since the first gradient was ready")
     panel.set_yticks([0, (lanes + 1) / 2], ["backward", "buckets"])
     panel.tick_params(axis="y", length=0)
@@ -473,65 +488,78 @@ def draw_exchange(panel, ready, moved, title, lanes):
 
 drawing, panels = viz.figure(8, 5, rows=2)
 for panel, (name, (ready, moved)) in zip(panels, records.items(), strict=True):
-    draw_exchange(panel, ready, moved, f"{name}: recorded on rank 0 of this machine", lanes=len(moved))
+    draw_exchange(panel, ready, moved, f"{name}: recorded on rank 0 of this machine", len(moved))
     panel.set_xlim(0, 1030 * max(moved[-1][1] for _, moved in records.values()))
 early = sum(start < ready[-1] for start, _ in moved)
 alt = (
-    "Two recorded exchanges. With one bucket, sending begins when backward has ended. With buckets of 512 KiB, "
-    f"{early} of {calls} set off while backward still computes gradients, the first one soon after its start."
+    "Two recorded exchanges. With one bucket, sending begins when backward has ended. "
+    f"With 512 KiB, {early} of {calls} buckets set off while backward still computes."
 )
 viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
 # The thin lines are gradients becoming ready. With one bucket, nothing moves before the last of them (and before all
-# are copied into one tensor: that is the gap). With smaller
-# buckets most of the sending lies *under* backward, and only the last bucket sets off after it.
+# are copied into one tensor: that is the gap). With smaller buckets sending begins early, *under* backward, and only
+# the last bucket has to wait for its end.
 #
 # What the picture shows is order. Do not read a speed-up from it: here the ranks and the sending share a few cores,
 # and what one takes the other lacks. On a GPU, the network card and a small part of the chip move the bytes, and time
 # under backward is nearly free.
 #
 # So bucket size is a compromise. Small buckets start early and pay latency often; large ones start late. The explorer
-# below takes the ready times recorded above and *estimates* the rest: a bucket sets off when it is complete and the
-# one before it has arrived, and takes 2(n − 1)α + 2(n − 1)/n × bytes / bandwidth, with latency α for each message.
+# below takes the ready times recorded above, stretched to a backward of 200 ms, and *estimates* the rest: a bucket
+# sets off when it is complete and the one before it has arrived. It takes 2(n − 1)α + 2(n − 1)/n × bytes / bandwidth,
+# where α is the latency of a message.
 # **Before you move it:** which size wins on the slow network, and does the same one win on the fast one?
 
 # %%
-ready = records["512 KiB"][0]
-networks = {"0.5 ms, 0.1 GB/s": (5e-4, 1e8), "50 µs, 1 GB/s": (5e-5, 1e9), "5 µs, 10 GB/s": (5e-6, 1e10)}
-groups = {  # for each limit: how many gradients each bucket holds, and their bytes
-    name: [(len(bucket), sum(p.nbytes for p in bucket)) for bucket in cut_into_buckets(model.parameters(), limit)]
-    for name, limit in limits.items()
+ready = [0.2 * t / records["512 KiB"][0][-1] for t in records["512 KiB"][0]]
+networks = {  # latency and bandwidth
+    "0.5 ms, 0.1 GB/s": (5e-4, 1e8),
+    "50 µs, 1 GB/s": (5e-5, 1e9),
+    "5 µs, 10 GB/s": (5e-6, 1e10),
 }
+groups = {name: cut_into_buckets(model.parameters(), limit) for name, limit in limits.items()}
 
 
 def estimate(bucket, network):
     """When each bucket starts and arrives on four ranks."""
-    (alpha, bandwidth), moved, count, free = networks[network], [], 0, 0.0
-    for number, size in groups[bucket]:
-        count += number
-        start = max(free, ready[count - 1])
-        free = start + 6 * alpha + 1.5 * size / bandwidth
+    (alpha, bandwidth), moved, gradients, free = networks[network], [], 0, 0.0
+    for some in groups[bucket]:
+        gradients += len(some)
+        start = max(free, ready[gradients - 1])
+        free = start + 6 * alpha + 1.5 * sum(p.nbytes for p in some) / bandwidth
         moved.append((start, free))
     return moved
 
 
 # %%
+def late(bucket, network):
+    """Milliseconds from the end of backward to the last arrival."""
+    return 1000 * (estimate(bucket, network)[-1][1] - ready[-1])
+
+
 def draw_estimate(network, bucket):
     drawing, (panel,) = viz.figure(8, 2.1)
     moved = estimate(bucket, network)
-    late = 1000 * (moved[-1][1] - ready[-1])
-    result = f"{len(moved)} call{'s' * (len(moved) > 1)}, the last one arrives {late:.1f} ms after backward"
-    draw_exchange(panel, ready, moved, f"estimate: {result}", lanes=1)
+    result = f"calls: {len(moved)}, the last one arrives {late(bucket, network):.1f} ms after backward"
+    draw_exchange(panel, ready, moved, f"estimate, {result}", lanes=1)
     panel.set_xlim(0, 1030 * max(estimate(other, network)[-1][1] for other in limits))
-    return viz.describe(drawing, f"Estimate for {network}, buckets: {bucket}. {result}.")
+    return viz.describe(drawing, f"Estimate for {network}, buckets: {bucket}; {result}.")
 
 
 explore(draw_estimate, network=networks, bucket=list(limits))
 
+# %%
+slow, _, fast = networks
+best = min(limits, key=lambda bucket: late(bucket, slow))
+spread = max(late(bucket, fast) for bucket in limits)
+print(f"slow network: {best} wins; fast network: no size ends more than {spread:.1f} ms after backward")
+assert best not in ("a tensor each", "all in one") and spread < 5
+
 # %% [markdown] lang="en"
 # On the slow network many calls cost more than they gain, and one bucket wastes the time under backward: a size in
-# between wins. On the fast network almost any size will do.
+# between wins. On the fast network any size will do.
 #
 # **The package's version** is these few lines, on the buffer that you saw above:
 
@@ -543,8 +571,8 @@ viz.show_source(Gradients._ready, Gradients._start, Gradients.finish)
 #
 # - **Order.** The first loop starts a bucket only if all earlier ones have started. Collectives are matched by order
 #   alone: if one rank's backward took another path, and it started bucket 3 before 2, ranks would add apples to pears.
-# - **Parameters without a gradient.** If a layer was not used, its hook never comes and ours would leave the other
-#   ranks waiting. `finish` starts what is left.
+# - **Parameters without a gradient.** If a layer was not used, its hook never comes. Our bucket would never start, and
+#   the other gradients in it would silently stay this rank's own. `finish` starts what is left.
 # - **No copies**, and no division at the end. The loss was divided by the number of *all* tokens before backward, so
 #   the sum is the answer. Section 6 shows why this is more than a convenience.
 #
@@ -553,7 +581,7 @@ viz.show_source(Gradients._ready, Gradients._start, Gradients.finish)
 # %%
 assert BUCKET == 4 * 2**20 > 4 * P
 print(f"default bucket: {BUCKET:,} bytes; the small GPT's gradient in float32: {4 * P:,}")
-print(f"buckets for a model of 7 billion parameters in 16 bits, at least: {2 * 7e9 / BUCKET:,.0f}")
+print(f"buckets for 7 billion parameters in 16 bits: {2 * 7e9 / BUCKET:,.0f}, if all are just full")
 
 # %% [markdown] lang="en"
 # **Exercise:** [task 03a.7](../exercises/03a_data_parallel.ipynb): send while backward still runs.
@@ -584,10 +612,11 @@ def accumulate(tokens, targets, every_time):
     return gradient(model), book.bytes("dp")
 
 
-(a, bytes_a), (b, bytes_b) = (world.run(accumulate, tokens, targets, every_time)[0] for every_time in (True, False))
+a, bytes_a = world.run(accumulate, tokens, targets, True)[0]
+b, bytes_b = world.run(accumulate, tokens, targets, False)[0]
 print("you wrote:", prediction)
-print(f"A: distance to one process {distance(a, alone):.0e}, {bytes_a:,} bytes sent by each rank")
-print(f"B: distance to one process {distance(b, alone):.0e}, {bytes_b:,} bytes")
+print(f"A: distance to one process {distance(a, alone):.0e}, each rank sends {bytes_a:,} bytes")
+print(f"B: distance to one process {distance(b, alone):.0e}, each rank sends {bytes_b:,} bytes")
 assert distance(a, alone) < 1e-12 and distance(b, alone) < 1e-12
 assert bytes_a == 2 * bytes_b and bytes_b == 2 * 3 / 4 * M
 
@@ -602,23 +631,33 @@ assert bytes_a == 2 * bytes_b and bytes_b == 2 * 3 / 4 * M
 # %%
 viz.show_source(Gradients.arm)
 
+# %% [markdown] lang="en"
+# `parallelize(model, mesh)` lays a model out on a mesh, and its `step` does a forward and backward pass over all ranks,
+# with all that we have built so far. We hold its bytes against the formula:
+
+
+# %%
+def whole_gradient(model):
+    return torch.cat([g.flatten() for g in model.full_gradients().values()])
+
 
 def one_step(tokens, targets, microbatches):
     model = parallelize(fresh(), Mesh(dp=4), microbatches=microbatches)
     with ledger() as book:
         model.step(tokens, targets)
-    return torch.cat([g.flatten() for g in model.full_gradients().values()]), book.bytes("dp")
+    return whole_gradient(model), book.bytes("dp")
 
 
+twice = [x.repeat(2, 1) for x in (tokens, targets)]  # 16 rows, each two times: the same mean
 for microbatches in (1, 2, 4):
-    batch = [x.repeat(2, 1) for x in (tokens, targets)]  # 16 rows, each twice: the same mean, the same gradient
-    got, sent = world.run(one_step, *batch, microbatches)[0]
-    print(f"microbatches: {microbatches}, distance {distance(got, alone):.0e}, {sent:,} bytes sent by each rank")
-    assert distance(got, alone) < 1e-12 and sent == 2 * 3 / 4 * (M + 16)
+    got, sent = world.run(one_step, *twice, microbatches)[0]
+    off = distance(got, alone)
+    print(f"microbatches: {microbatches}, distance {off:.0e}, each rank sends {sent:,} bytes")
+    assert off < 1e-12 and sent == 2 * 3 / 4 * (M + 16)
 
 # %% [markdown] lang="en"
-# The same bytes for any number of microbatches. The 16 bytes beside $M$ are two more numbers that travel, and the
-# next section needs them: the sum of the losses, and the number of tokens.
+# The same bytes for any number of microbatches. The 16 bytes beside $M$ are two more numbers that travel, the sum of
+# the losses and the number of tokens. The next section shows what they are for.
 #
 # ## 6. Loading in parallel, and unequal shares
 #
@@ -652,21 +691,52 @@ _, _, one = tokenize_share(text, 1, 0)
 pieces, lengths, seconds = zip(*world.run(on_my_rank, text), strict=True)
 assert sum(pieces, []) == corpus.tokens().tolist() and max(lengths) < 0.26 * len(text)
 print("you wrote:", prediction, "- same tokens: True, characters on each rank:", lengths)
-bars = {"time": [one, max(seconds)]}
-viz.show(viz.draw_bars(["one process", "slowest of 4 ranks"], bars, "seconds, on this machine", "Tokenizing the text"))
+names, bars = ["one process", "slowest of 4 ranks"], {"time": [one, max(seconds)]}
+viz.show(viz.draw_bars(names, bars, "seconds, on this machine", "Tokenizing the text"))
 
 # %% [markdown] lang="en"
 # The claim holds: each rank handles a quarter of the characters, and the tokens are the same. (Time falls as far as
 # there are cores: with two, four ranks cannot be four times as fast.)
 #
-# The same goes for training batches. All ranks draw the same random positions from the same seed, which is cheap, and
-# each *reads* only its own rows. Two mistakes lurk here, and both give a loss that falls: if every rank reads the
-# same rows, you pay for four ranks and train with one; if every rank draws from its own seed, some rows come twice.
+# The same goes for the batches of training. The tokens lie in a file. Each rank *maps* it into its memory, which
+# loads only the pages that it touches. All ranks draw the same random positions from the same seed, which is cheap,
+# and each reads its own rows.
+#
+# **Predict:** a step takes 10 rows. How many does each rank read, and are the four shares together the same 10 rows
+# that one process would take?
+
+# %%
+prediction = None  # (rows of ranks 0 to 3, same?)
+
+folder = tempfile.TemporaryDirectory()
+file, length = f"{folder.name}/tokens.bin", len(corpus.tokens())
+corpus.tokens().numpy().tofile(file)
+
+
+def load(file, length, count, context, seed):
+    axis = connect(Mesh(dp=4))["dp"]
+    data = torch.from_file(file, size=length, dtype=torch.int64)  # mapped, not read
+    generator = torch.Generator().manual_seed(seed)  # the same on every rank
+    starts = torch.randint(length - context, (count, 1), generator=generator)
+    position = my_rows(axis, starts)[0] + torch.arange(context)
+    return data[position], data[position + 1]
+
+
+ten = next(corpus.batches(steps=1, rows=10, context=32, seed=1))  # one process takes these
+loaded = world.run(load, file, length, 10, 32, 1)
+read = [len(tokens) for tokens, _ in loaded]
+same = torch.equal(torch.cat([tokens for tokens, _ in loaded]), ten[0])
+print("you wrote:", prediction, "- measured:", (read, same))
+assert same and sum(read) == 10
+
+# %% [markdown] lang="en"
+# Two mistakes lurk here, and neither crashes. If every rank reads the *same* rows, you pay for four ranks and learn
+# from the rows of one. If every rank draws positions from *its own* seed, some rows come twice and others never.
 #
 # ### Ten rows on four ranks
 #
-# 10 rows do not divide by 4: two ranks get 2, two get 3. Each takes the mean loss over its own rows, and then the
-# ranks average. First with plain numbers: rank 0 has losses 1, 2 and 3, rank 1 has the loss 9.
+# 10 rows do not divide by 4: two ranks have 2, two have 3. Each takes the mean loss over its own rows, and then the
+# ranks average. Is that right? First with plain numbers and two ranks: rank 0 has losses 1, 2 and 3, rank 1 has 9.
 
 # %%
 first, second = [1, 2, 3], [9]
@@ -686,16 +756,14 @@ assert (mean_of_means, mean) == (5.5, 3.75)
 # %%
 prediction = None  # distance
 
-ten = next(corpus.batches(steps=1, rows=10, context=32, seed=1))
-
 
 def uneven(tokens, targets, fair):
     axis, model = connect(Mesh(dp=4))["dp"], fresh()
     mine, wanted = my_rows(axis, tokens, targets)
     total, count = mean_loss(model, mine, wanted) * wanted.numel(), torch.tensor(wanted.numel())
     everyone = all_reduce(count, axis) if fair else count * axis.size
-    (total / everyone).backward()  # summed over the ranks: a mean over all tokens, or a mean of means
-    return all_reduce(gradient(model), axis)
+    (total / everyone).backward()
+    return all_reduce(gradient(model), axis)  # parts of one mean, or a mean of means
 
 
 model = fresh()
@@ -713,38 +781,44 @@ assert unfair > 0.01 and fair < 1e-12
 owner = [rank for rank, share in enumerate(rows(torch.arange(10), 4)) for _ in share]
 weight = [1 / 4 / owner.count(rank) for rank in owner]
 drawing, (panel,) = viz.figure(6.5, 2.6)
-panel.bar(range(10), weight, color=[viz.PALETTE[rank] for rank in owner], edgecolor=viz.INK, linewidth=0.6)
+panel.bar(range(10), weight, color=[viz.PALETTE[rank] for rank in owner], ec=viz.INK, lw=0.6)
 for row, rank in enumerate(owner):
     panel.text(row, 0.004, f"rank {rank}", ha="center", fontsize=7, color=viz.INK)
 panel.axhline(0.1, color=viz.INK, linestyle="--", linewidth=1)
 panel.text(9.6, 0.101, "right: 1/10", ha="right", va="bottom", fontsize=8, color=viz.INK)
 panel.set(xticks=range(10), xlabel="row", ylabel="weight in the mean")
 alt = (
-    "The weight of each of ten rows in a mean of means on four ranks: 1/8 for the rows of ranks 0 and 2, which have "
-    "two each, 1/12 for those of ranks 1 and 3, which have three. The right weight, 1/10, is a dashed line."
+    "The weight of each of ten rows in a mean of means on four ranks: 1/8 for the rows of ranks 0 and "
+    "2, which have two each, 1/12 for those of 1 and 3, which have three. A dashed line: 1/10, the right one."
 )
 viz.show(drawing, alt)
 assert sorted(set(weight)) == [1 / 12, 1 / 8]
 
 # %% [markdown] lang="en"
-# **The package's version** makes the mistake impossible to write: a loss returns `(sum, count)`, and the step divides
-# by the global count. `local=True` says that each rank brings rows of its own, of any number:
+# **The package's version** makes the mistake hard to write: a loss returns its *sum* and its *count*, and the step
+# divides by the count of all ranks. The default loss:
 
 # %%
 viz.show_source(minipar.cross_entropy)
 
+# %% [markdown] lang="en"
+# `local=True` tells `step` that each rank brings rows of its own, of any number. We try 1, 2, 1 and 6 of the ten:
 
+
+# %%
 def own_rows(tokens, targets, ends):
     axis = connect(Mesh(dp=4))["dp"]
     mine = slice(ends[axis.index], ends[axis.index + 1])
     model = parallelize(fresh(), Mesh(dp=4))
     loss = model.step(tokens[mine], targets[mine], local=True)
-    return loss.item(), torch.cat([g.flatten() for g in model.full_gradients().values()])
+    return loss.item(), whole_gradient(model)
 
 
-for loss, got in world.run(own_rows, *ten, [0, 1, 3, 4, 10]):  # 1, 2, 1 and 6 rows
-    assert distance(got, alone_ten) < 1e-12 and abs(loss - mean_loss(fresh(), *ten).item()) < 1e-12
-print(f"1, 2, 1 and 6 rows: distance to one process {distance(got, alone_ten):.0e}, loss {loss:.6f} on every rank")
+expected = mean_loss(fresh(), *ten).item()
+for loss, got in world.run(own_rows, *ten, [0, 1, 3, 4, 10]):
+    off = distance(got, alone_ten)
+    print(f"distance to one process {off:.0e}, loss {loss:.6f}")
+    assert off < 1e-12 and abs(loss - expected) < 1e-12
 
 # %% [markdown] lang="en"
 # **Exercise:** [task 03a.4](../exercises/03a_data_parallel.ipynb): a mean of means is not the mean.
@@ -780,20 +854,20 @@ adam, sgd = (
     for kind, lr in ((torch.optim.AdamW, 1e-3), (torch.optim.SGD, 0.1))
 )
 gaps = [max(abs(x - y) for x, y in zip(*curves, strict=True)) for curves in (adam, sgd)]
-print(f"you wrote: {prediction} - largest difference with AdamW: {gaps[0]:.0e}; with SGD: {gaps[1]:.2f}")
+print(f"you wrote: {prediction} - with AdamW: {gaps[0]:.0e}; with SGD: {gaps[1]:.2f}")
 assert gaps[0] < 0.01 < 0.1 < gaps[1] and sum(sgd[1]) < sum(sgd[0])
 
 # %%
 drawing, panels = viz.figure(8, 2.9, columns=2)
 for panel, (right, wrong), name in zip(panels, (adam, sgd), ("AdamW", "SGD"), strict=True):
     panel.plot(range(1, 21), right, color=viz.PALETTE[0], linewidth=6, label="right")
-    panel.plot(range(1, 21), wrong, color=viz.PALETTE[6], linewidth=1.5, label="gradients 4 × too large")
+    panel.plot(range(1, 21), wrong, color=viz.PALETTE[6], label="gradients 4 × too large")
     panel.set(xlabel="step", title=name, xticks=[1, 5, 10, 15, 20])
 panels[0].set_ylabel("loss")
 panels[0].legend(frameon=False, fontsize=9)
 alt = (
-    "Loss over 20 steps with right gradients and with gradients four times too large. With AdamW the two curves lie on "
-    "top of each other; with SGD they part from the second step on."
+    "Loss over 20 steps with right gradients and with gradients four times too large. "
+    "With AdamW the two curves lie on top of each other; with SGD they part."
 )
 viz.show(drawing, alt)
 
@@ -802,7 +876,7 @@ viz.show(drawing, alt)
 # With SGD they differ, and the wrong one even looks better here: its steps are four times as long, and so short a run
 # profits from that. Would you have looked for a bug?
 #
-# This is no invented example: bugs of this kind have lived for years in public training code, next to a plot of a
+# This example is not far-fetched: bugs of this kind have lived for years in public training code, next to a plot of a
 # falling loss. They bite later: clipping by norm sets in four times too early, the small constant in Adam's division
 # is four times too small, and the first run with SGD takes steps four times too long.
 #
@@ -849,7 +923,8 @@ def sent_by_each(operation, mesh, count):
 size = 4 * P  # the small GPT's gradient in float32
 for n in (2, 4, 8):
     with World(n) as some:
-        library, ring = (set(some.run(sent_by_each, f, Mesh(dp=n), P)) for f in (all_reduce, ring_all_reduce))
+        library = set(some.run(sent_by_each, all_reduce, Mesh(dp=n), P))
+        ring = set(some.run(sent_by_each, ring_all_reduce, Mesh(dp=n), P))
     assert library == ring == {2 * (n - 1) / n * size}
     print(f"{n} ranks: each sends {library.pop():>9,} bytes = {2 * (n - 1) / n} M")
 factor = (2 * 1023 / 1024) / (2 * 3 / 4)
@@ -862,12 +937,16 @@ assert factor < 4 / 3
 #
 # Let us estimate a step. The model is simple: computing costs 6 operations for each parameter and token (2 forward,
 # 4 backward); a ring costs α for each message and bytes / bandwidth; and sending can hide behind backward, not behind
-# forward. The speeds are round numbers that we *assume*, not measurements.
+# forward. The speeds are round numbers that we *assume*, not measurements. For a model of 7 billion parameters and a
+# batch of $2^{22}$ (4,194,304) tokens:
 
 # %%
 SPEED = 4e14  # operations a second that one GPU sustains
-NETWORKS = {"400 Gbit/s": (1e-5, 50e9), "300 GB/s, one machine": (5e-6, 300e9), "10 Gbit/s": (5e-5, 1.25e9)}
-PER_STEP = {"4,194,304 tokens for all": lambda n: 2**22 / n, "16,384 tokens a rank": lambda n: 2**14}
+NETWORKS = {  # seconds a message, bytes a second
+    "400 Gbit/s": (1e-5, 50e9),
+    "300 GB/s, one machine": (5e-6, 300e9),
+    "10 Gbit/s": (5e-5, 1.25e9),
+}
 
 
 def exchange(parameters, ranks, network):
@@ -877,7 +956,7 @@ def exchange(parameters, ranks, network):
 
 
 def step_seconds(parameters, tokens, ranks, network):
-    """Seconds of (forward, backward, exchange, the step with sending hidden as far as it can be): an estimate."""
+    """Forward, backward, sending, and the step with as much sending hidden as can be: an estimate."""
     forward, backward = 2 * parameters * tokens / SPEED, 4 * parameters * tokens / SPEED
     sending = exchange(parameters, ranks, network)
     return forward, backward, sending, forward + max(backward, sending)
@@ -885,23 +964,24 @@ def step_seconds(parameters, tokens, ranks, network):
 
 for n in (1, 64, 1024):
     *_, sending, step = step_seconds(7e9, 2**22 / n, n, "400 Gbit/s")
-    print(f"7B model, 4,194,304 tokens, {n:>4} ranks: sending {sending:6.2f} s, step {step:7.2f} s")
+    print(f"{n:>5,} ranks: sending {sending:.2f} s, step {step:6.2f} s, all GPUs {n * step:.0f} s")
 
 # %% [markdown] lang="en"
 # **Before you move it:** on which network, and with which way of counting tokens, do 1,024 ranks still pay off?
 
 
 # %%
+PER_STEP = {"4,194,304 for all": lambda n: 2**22 / n, "16,384 a rank": lambda n: 2**14}
+
+
 def draw_step(network, tokens):
     ranks = [2**k for k in range(11)]
-    forward, backward, sending, step = zip(
-        *(step_seconds(7e9, PER_STEP[tokens](n), n, network) for n in ranks), strict=True
-    )
-    computing = [f + b for f, b in zip(forward, backward, strict=True)]
+    times = [step_seconds(7e9, PER_STEP[tokens](n), n, network) for n in ranks]
+    computing, sending, step = zip(*((f + b, sent, step) for f, b, sent, step in times), strict=True)
     drawing, (panel,) = viz.figure(7, 3.3)
     panel.loglog(ranks, computing, color=viz.PALETTE[1], marker="o", label="computing")
     panel.loglog(ranks[1:], sending[1:], color=viz.PALETTE[5], marker="s", label="sending")
-    panel.loglog(ranks, step, color=viz.INK, linewidth=2, label="step, sending hidden where possible")
+    panel.loglog(ranks, step, color=viz.INK, lw=2, label="step, sending hidden if possible")
     panel.set(xlabel="ranks", ylabel="seconds (estimate)", ylim=(0.05, 500), xticks=ranks[::2])
     panel.set_xticks(ranks[::2], [f"{n:,}" for n in ranks[::2]], minor=False)
     panel.minorticks_off()
@@ -909,17 +989,17 @@ def draw_step(network, tokens):
     share = computing[-1] / step[-1]
     panel.set_title(f"7B model: 1,024 ranks compute {share:.0%} of the time", fontsize=10)
     last = f"computing {computing[-1]:.2f} s, sending {sending[-1]:.2f} s, step {step[-1]:.2f} s"
-    sentence = f"Estimated step of a 7B model on 1 to 1,024 ranks, {network}, {tokens}. On 1,024 ranks: {last}."
-    return viz.describe(drawing, sentence)
+    text = f"Estimate for a 7B model, {network}, tokens: {tokens}. 1,024 ranks: {last}."
+    return viz.describe(drawing, text)
 
 
 explore(draw_step, network=NETWORKS, tokens=PER_STEP)
 
 # %% [markdown] lang="en"
 # With a fixed number of tokens for all, computing shrinks with every rank that you add and sending does not. Where the
-# lines cross, more ranks stop helping. With a fixed number of tokens *a rank*, the lines stay apart. But then the
-# batch grows with the ranks, and beyond some size, the *critical batch size* (McCandlish et al. 2018), a larger batch
-# teaches the model little more per step.
+# lines cross, more ranks stop helping. With a fixed number of tokens *a rank*, 1,024 ranks work nearly as well as 4, or
+# as badly. But then the batch grows with the ranks, and beyond some size, the *critical batch size* (McCandlish et al.
+# 2018), a larger batch teaches the model little more per step.
 #
 # Where do they cross? Backward takes 4 $P t/S$ seconds for $t$ tokens on a rank and speed $S$; sending close to
 # 4 $P/B$ for bandwidth $B$. The parameters cancel: **sending hides behind backward if a rank has at least $S/B$ tokens
@@ -959,7 +1039,7 @@ def kept(tokens, targets, mesh):
     optimizer.step()
     weights = sum(p.nbytes for p in model.parameters())
     gradients = sum(p.grad.nbytes for p in model.parameters())
-    state = sum(x.nbytes for s in optimizer.state.values() for name, x in s.items() if name != "step")
+    state = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimizer.state.values())
     return weights, gradients, state
 
 
@@ -982,7 +1062,7 @@ ranks = (1, 8, 64)
 sizes = {part: [per * 7e9 / 1e9] * len(ranks) for part, per in parts.items()}
 assert sum(parts.values()) * 7e9 == 112e9 and sizes["optimizer"] == [84.0] * 3
 names = ["1 rank", "each of 8 ranks", "each of 64 ranks"]
-viz.show(viz.draw_bars(names, sizes, "GB", "A 7B model, Adam, mixed precision, before activations"))
+viz.show(viz.draw_bars(names, sizes, "GB", "A 7B model with Adam in mixed precision"))
 
 # %% [markdown] lang="en"
 # The bars do not shrink. 112 GB on each rank, 84 of them optimizer state, do not fit a GPU of 80 GB, and no number of
@@ -991,16 +1071,17 @@ viz.show(viz.draw_bars(names, sizes, "GB", "A 7B model, Adam, mixed precision, b
 # for **activations**, the intermediate results that backward needs: they go with the rows on a rank.
 #
 # It also lists lower cost as an advantage. Computing is the same work whether one rank does all rows or four do a
-# quarter each, and sending comes on top. The *hours* fall, the *GPU-hours* do not.
+# quarter each, and sending comes on top. The hours fall, the *GPU-hours*, which are what one pays for, do not: see the
+# last column of the estimate in section 8.
 #
 # ## 10. When is data parallelism alone enough?
 #
-# Three conditions, and each is one line:
+# Three conditions, and each is one comparison:
 
 
 # %%
 def obstacles(parameters, ranks, tokens, network, memory=80e9, context=4096):
-    """What stands against data parallelism alone, for a step of so many tokens. Round assumptions as above."""
+    """What stands against data parallelism alone, for a step of so many tokens: an estimate."""
     found = []
     if 16 * parameters > memory:
         found.append(f"a replica needs {16 * parameters / 1e9:,.0f} GB")
@@ -1008,12 +1089,13 @@ def obstacles(parameters, ranks, tokens, network, memory=80e9, context=4096):
         found.append(f"{tokens / context:,.0f} rows for {ranks:,} ranks")
     _, backward, sending, _ = step_seconds(parameters, tokens / ranks, ranks, network)
     if sending > backward:
-        found.append(f"sending takes {sending / backward:.1f} times as long as backward")
+        found.append(f"sending = {sending / backward:.1f} × backward")
     return found
 
 
 for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 70e9)):
-    for ranks, network in ((8, "300 GB/s, one machine"), (256, "400 Gbit/s"), (1024, "400 Gbit/s")):
+    for ranks in (8, 256, 1024):
+        network = "300 GB/s, one machine" if ranks == 8 else "400 Gbit/s"
         found = obstacles(parameters, ranks, 2**22, network)
         print(f"{name:>5} on {ranks:>5,} ranks, {network:<22}", "; ".join(found) or "enough")
 
@@ -1050,14 +1132,16 @@ prediction = None  # (gradients, weights)
 def the_law(tokens, targets, mesh, microbatches):
     model = parallelize(fresh(), mesh, microbatches=microbatches)
     loss = model.step(tokens, targets)
-    got = torch.cat([g.flatten() for g in model.full_gradients().values()])
+    got = whole_gradient(model)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    return loss.item(), got, torch.cat([w.flatten() for w in model.full_state_dict().values()])
+    after = torch.cat([w.flatten() for w in model.full_state_dict().values()])
+    return loss.item(), got, after
 
 
 start = torch.cat([p.detach().flatten() for p in fresh().parameters()])
 print("you wrote:", prediction)
-for batch, wanted, microbatches in ((tokens, targets), alone, 1), ((tokens, targets), alone, 2), (ten, alone_ten, 2):
+eight = (tokens, targets)
+for batch, wanted, microbatches in (eight, alone, 1), (eight, alone, 2), (ten, alone_ten, 2):
     for _, got, weights in world.run(the_law, *batch, Mesh(dp=4), microbatches):
         off, moved = distance(got, wanted), distance(weights - start, -0.1 * wanted)
         assert off < 1e-12 and moved < 1e-12
@@ -1078,7 +1162,8 @@ def timeline(tokens, targets):
     return model.timeline()
 
 
-viz.show(viz.draw(world.run(timeline, tokens, targets)[0], title="Mesh(dp=4), recorded on this machine"))
+run = world.run(timeline, tokens, targets)[0]
+viz.show(viz.draw(run, title="Mesh(dp=4), recorded on this machine"))
 
 # %% [markdown] lang="en"
 # ## What you have now
