@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
 CLOSE = 1e-9  # of the largest gradient; rounding in float64 stays far below, also after many steps
-PROMPT, NEW_TOKENS = "The ", 48
+PROMPT, NEW_TOKENS = "The", 48
 
 
 # -- options ---------------------------------------------------------------------------------------------------

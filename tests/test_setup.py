@@ -23,11 +23,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 WANTED = [Requirement(line) for line in itertools.chain(PROJECT["dependencies"], *EXTRAS.values())]
-LOCK = [
-    Requirement(line)
-    for line in (ROOT / "requirements.lock").read_text().splitlines()
-    if line and line[0] != "#"
-]
+LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
 MACHINES = [
     {
         "python_version": python,
@@ -47,17 +43,13 @@ MACHINES = [
 
 def tracked(*where: str) -> list[Path]:
     """The files that git has, as paths below the root."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", *where], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    listed = subprocess.run(["git", "ls-files", "-z", *where], cwd=ROOT, check=True, capture_output=True, text=True)
     return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run make as a person would: what an outer make says to its children is left out."""
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    }
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -91,9 +83,7 @@ def test_the_lock_leaves_the_choice_of_device_to_torch():
 def test_conda_and_binder_install_the_lock():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [
-        Requirement(re.sub(r"=(?=\d)", "==", item))
-        for item in environment["dependencies"]
-        if isinstance(item, str)
+        Requirement(re.sub(r"=(?=\d)", "==", item)) for item in environment["dependencies"] if isinstance(item, str)
     ]
     (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
     assert {item.name for item in conda} == {"python", "pip"}, "every other package comes from the lock"
@@ -112,9 +102,7 @@ def test_every_package_that_minipar_imports_is_declared():
     for path in tracked("minipar/*.py"):
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += (
-                [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module else []
-            )
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module else []
             for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"minipar"}:
                 providers = {canonicalize_name(name) for name in distributions.get(top, [top])}
                 assert providers & declared, f"{path} imports {top}, which pyproject.toml does not declare"
@@ -226,7 +214,7 @@ def test_the_readme_tree_names_every_module():
 
 
 def test_no_file_names_the_machine_it_was_made_on():
-    own = [str(folder) for folder in (ROOT, Path.home(), Path(sys.prefix)) if len(folder.parts) > 1]
+    own = [f"{folder}/" for folder in (ROOT, Path.home(), Path(sys.prefix)) if len(folder.parts) > 1]
     # In pieces, so that this file does not match itself.
     homes = ["/" + "root/", "/" + r"home/\w", "/" + r"Users/\w", "/" + "work/", "/" + "tmp/ipykernel"]
     installed = [r"/[\w./-]*/" + folder for folder in (r"\.venv/", "site-packages/", "dist-packages/")]
@@ -242,9 +230,7 @@ def test_no_file_names_the_machine_it_was_made_on():
 
 def indexes() -> list[str]:
     """Where pip is set to look for packages here, from its files and from the environment, as patterns."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
-    ).stdout
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     listed += " ".join(f"'{value}'" for name, value in os.environ.items() if name.startswith(("PIP_", "UV_")))
     urls = [urlsplit(url) for url in re.findall(r"\w+://[^\s']+", listed)]
     folders = re.findall(r"find-links='([^']+)'", listed)
