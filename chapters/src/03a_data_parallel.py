@@ -829,7 +829,7 @@ for loss, got in world.run(own_rows, *ten, [0, 1, 3, 4, 10]):
 # times too large. We train twice with AdamW, right and wrong.
 #
 # **Predict:** what do you see when you lay the two loss curves on top of each other? What is their largest difference
-# in 20 steps, when the loss itself is about 6?
+# in 15 steps, when the loss itself is about 6?
 
 # %%
 prediction = None  # the largest difference of the losses
@@ -848,7 +848,7 @@ def train(batches, kind, lr, divide_by):
     return (all_reduce(torch.stack(losses), axis) / axis.size).tolist()
 
 
-batches = list(corpus.batches(steps=20, rows=8, context=32))
+batches = list(corpus.batches(steps=15, rows=8, context=32))
 adam, sgd = (
     [world.run(train, batches, kind, lr, divide_by)[0] for divide_by in (4, 1)]
     for kind, lr in ((torch.optim.AdamW, 1e-3), (torch.optim.SGD, 0.1))
@@ -860,13 +860,13 @@ assert gaps[0] < 0.01 < 0.1 < gaps[1] and sum(sgd[1]) < sum(sgd[0])
 # %%
 drawing, panels = viz.figure(8, 2.9, columns=2)
 for panel, (right, wrong), name in zip(panels, (adam, sgd), ("AdamW", "SGD"), strict=True):
-    panel.plot(range(1, 21), right, color=viz.PALETTE[0], linewidth=6, label="right")
-    panel.plot(range(1, 21), wrong, color=viz.PALETTE[6], label="gradients 4 × too large")
-    panel.set(xlabel="step", title=name, xticks=[1, 5, 10, 15, 20])
+    panel.plot(range(1, 16), right, color=viz.PALETTE[0], linewidth=6, label="right")
+    panel.plot(range(1, 16), wrong, color=viz.PALETTE[6], label="gradients 4 × too large")
+    panel.set(xlabel="step", title=name, xticks=[1, 5, 10, 15])
 panels[0].set_ylabel("loss")
 panels[0].legend(frameon=False, fontsize=9)
 alt = (
-    "Loss over 20 steps with right gradients and with gradients four times too large. "
+    "Loss over 15 steps with right gradients and with gradients four times too large. "
     "With AdamW the two curves lie on top of each other; with SGD they part."
 )
 viz.show(drawing, alt)
