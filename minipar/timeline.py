@@ -67,15 +67,21 @@ class Costs:
     communication: Seconds = 0.0
 
     def __call__(self, action: Action) -> float:
-        parts = {
-            Op.F: [self.forward],
-            Op.B: [self.backward_input, self.backward_weight],
-            Op.I: [self.backward_input],
-            Op.W: [self.backward_weight],
-            Op.SEND_ACTIVATION: [self.communication],
-            Op.SEND_GRADIENT: [self.communication],
-        }.get(action.op, [])
-        return sum(part(action) if callable(part) else part for part in parts)
+        seconds = 0.0
+        for name in PARTS.get(action.op, ()):
+            part = getattr(self, name)
+            seconds += part(action) if callable(part) else part
+        return seconds
+
+
+PARTS = {
+    Op.F: ("forward",),
+    Op.B: ("backward_input", "backward_weight"),
+    Op.I: ("backward_input",),
+    Op.W: ("backward_weight",),
+    Op.SEND_ACTIVATION: ("communication",),
+    Op.SEND_GRADIENT: ("communication",),
+}
 
 
 class Deadlock(RuntimeError):
@@ -100,7 +106,7 @@ def simulate(
     owner = owners(schedule)
     last = max(owner)
     clock, place = [0.0] * len(schedule), [0] * len(schedule)
-    finished: dict[Action, float] = {}
+    finished: dict[Action, float] = {}  # by what it gives
     waiting: dict[Action, list[int]] = defaultdict(list)  # action -> ranks that cannot go on before it
     spans, ready = [], list(range(len(schedule)))
     while ready:
@@ -108,20 +114,18 @@ def simulate(
         while place[rank] < len(schedule[rank]):
             action = schedule[rank][place[rank]]
             needs = depends_on(action, last)
-            if missing := [a for a in needs if _whole(a, finished) is None]:
-                for a in missing[:1]:
-                    waiting[a].append(rank)
+            if missing := [a for a in needs if _gift(a) not in finished]:
+                waiting[_gift(missing[0])].append(rank)
                 break
-            start = max([clock[rank], *(_arrival(a, action, owner, finished, costs) for a in needs)])
-            clock[rank] = finished[action] = start + costs(action)
+            start = max([clock[rank], *(finished[_gift(a)] + _latency(a, action, owner, costs) for a in needs)])
+            clock[rank] = finished[_gift(action)] = start + costs(action)
             spans.append(Span(rank, action, start, clock[rank]))
             place[rank] += 1
-            for twin in _names(action):
-                ready += waiting.pop(twin, [])
+            ready += waiting.pop(_gift(action), [])
     if stuck := {r: schedule[r][i] for r, i in enumerate(place) if i < len(schedule[r])}:
         lines = []
         for rank, action in stuck.items():
-            need = next(a for a in depends_on(action, last) if _whole(a, finished) is None)
+            need = next(a for a in depends_on(action, last) if _gift(a) not in finished)
             where = f"rank {owner[need.stage]}" if need.stage in owner else "no rank"
             lines.append(
                 f"rank {rank} waits at {action} (stage {action.stage}) for {need} of stage {need.stage}, {where}"
@@ -130,22 +134,16 @@ def simulate(
     return Timeline(spans)
 
 
-def _names(action: Action) -> list[Action]:
-    """A whole backward gives the input gradient, too: what waits for B may find I, and the reverse."""
-    return [action, *(action._replace(op=op) for op in {Op.B: [Op.I], Op.I: [Op.B]}.get(action.op, []))]
+def _gift(action: Action) -> Action:
+    """What others wait for. A whole backward gives the input gradient, so what waits for B may find I, too."""
+    return Action(Op.I, action.stage, action.microbatch) if action.op == Op.B else action
 
 
-def _whole(action: Action, finished: dict[Action, float]) -> float | None:
-    return next((finished[a] for a in _names(action) if a in finished), None)
-
-
-def _arrival(need: Action, action: Action, owner: dict[int, int], finished: dict[Action, float], costs: Costs) -> float:
-    """When the result of `need` is where `action` wants it."""
-    time = _whole(need, finished)
-    assert time is not None
+def _latency(need: Action, action: Action, owner: dict[int, int], costs: Costs) -> float:
+    """How long the result of `need` travels to where `action` wants it."""
     if owner[need.stage] == owner[action.stage]:
-        return time
-    return time + costs(need._replace(op=Op.SEND_ACTIVATION if need.op == Op.F else Op.SEND_GRADIENT))
+        return 0.0
+    return costs(need._replace(op=Op.SEND_ACTIVATION if need.op == Op.F else Op.SEND_GRADIENT))
 
 
 def _rendezvous(program: Schedule, costs: Costs) -> Timeline:
