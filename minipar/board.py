@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-ROWS, DEPTH = 1024, 16  # lines of a rank, calls remembered along each
+ROWS, DEPTH = 512, 16  # lines of a rank, calls remembered along each
 TEXT = 1024  # bytes: of a text, and of the head of a region or row
 ROW = TEXT * (1 + DEPTH)
 REGION = TEXT + ROWS * ROW

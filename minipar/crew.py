@@ -27,17 +27,16 @@ from .rank import Failure, Frame, Seat, live
 from .report import TORCH, Output, Witness, ending
 
 FORK = sys.platform == "linux"
-PRELOAD = [
-    "torch._dynamo",
-    "minipar.rank",
-    "minipar.train",
-]  # torch imports its compiler when the first optimizer is made
+# Imported once for all ranks. torch asks for its compiler when the first optimizer is made.
+PRELOAD = ["torch._dynamo", "minipar.rank", "minipar.train"]
 LOOK = 0.25  # seconds between two looks at the board
 QUIET = 5.0  # seconds without any movement after which ranks that all wait are called deadlocked
 SLOW = 60.0  # the same where all have come to their call, and only bytes may be under way
 SURE = 2.0  # seconds for which a rank's stack must not change to be taken as waiting
 REST = 0.2  # the same once a rank has failed
 GRACE = 1.0  # seconds at most that the others get to come to rest once a rank has failed
+# Where in torch a rank may wait for others in C++: collectives, and backward passes with DDP's hooks.
+WAITS = tuple(f"{TORCH}{folder}" for folder in ("distributed/", "autograd/", "nn/parallel/", "_ops.py"))
 
 
 class Exit(int):
@@ -90,6 +89,8 @@ class Member:
     def where(self) -> tuple[tuple[Frame, ...], float]:
         """The stack of the rank's main thread and the CPU seconds that it has used, if it answers."""
         try:
+            while self.control.poll():  # an answer that came too late
+                self.control.recv_bytes()
             self.control.send_bytes(b"?")
             if self.control.poll(0.5):
                 return travel.loads(self.control.recv_bytes())
@@ -151,7 +152,12 @@ class Crew:
 
     def gone(self) -> dict[int, Exit]:
         """The ranks whose processes have ended, and how."""
-        return {r: Exit(m.process.exitcode) for r, m in enumerate(self.members) if m.process.exitcode is not None}
+        ends = [key.data[0] for key, _ in self.events.select(0) if key.data[1] == "end"]
+        return {rank: self._exit(rank) for rank in ends}
+
+    def _exit(self, rank: int) -> Exit:
+        self.members[rank].process.join()
+        return Exit(self.members[rank].process.exitcode)
 
     def send(self, job: memoryview) -> None:
         """Give every rank the same job."""
@@ -177,8 +183,7 @@ class Crew:
                 else:
                     self._take(rank, ended)  # it may have answered and ended
                     self.events.unregister(key.fileobj)
-                    self.members[rank].process.join()
-                    ended.setdefault(rank, Exit(self.members[rank].process.exitcode))
+                    ended.setdefault(rank, self._exit(rank))
             verdict = guard.verdict(ended)
         for key, _ in self.events.select(0):
             if key.data[1] in ("stdout", "stderr"):
@@ -289,11 +294,11 @@ class Guard:
         standing = self.crew.board.standing(rank)
         if standing and standing.waiting:
             return bool(standing.missing) or quiet >= SLOW
-        # The board knows nothing of calls from C++. A rank that stays in a torch function without using the CPU
-        # waits in one. One that sleeps is in a function that is not torch's.
+        # The board knows nothing of calls from C++. A rank that stays where torch may make one, and does not use
+        # the CPU, waits in one. One that sleeps is elsewhere.
         frames, used = self.crew.members[rank].where()
         before = self.samples.setdefault(rank, (frames, used, now))
         if frames != before[0] or used - before[1] > 0.05 + 0.05 * (now - before[2]):
             self.samples[rank] = frames, used, now
             return False
-        return bool(frames) and frames[-1].file.startswith(TORCH) and now - before[2] >= SURE
+        return bool(frames) and frames[-1].file.startswith(WAITS) and now - before[2] >= SURE

@@ -152,6 +152,7 @@ def explain(witnesses: list[Witness], verdict: str) -> tuple[str, int | None]:
 
     verdict: why the world stopped waiting where no rank had failed.
     """
+    linecache.checkcache()  # files may have changed since they were read
     lines = table(witnesses)
     first = _first(witnesses)
     if first is None:

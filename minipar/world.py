@@ -51,7 +51,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class World:
-    """`n` ranks on this machine, ready to run functions.
+    """`n` ranks on this machine (Linux or macOS), ready to run functions.
 
     >>> with World(4) as world:
     ...     answers = world.run(function, argument)
@@ -128,6 +128,7 @@ class World:
             raise Interrupted("stopped by you, while\n" + report.indent(lines)) from None
         finally:
             if not clean and crew.end():  # unless it was ended from outside: by `close`, or with this process
+                self._crew = None
                 self._crew = self._new_crew()  # it gets ready while the caller reads
         return [ended[rank] for rank in range(self.n)]
 

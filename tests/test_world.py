@@ -33,6 +33,7 @@ def script(tmp_path: Path, text: str) -> Path:
 
 def test_answers_come_in_rank_order(world4: World) -> None:
     def answer(a: int, b: int) -> tuple[int, int, int]:
+        time.sleep(0.05 * (4 - here().rank))  # the last rank answers first
         return a + b + here().rank, here().rank, here().size
 
     assert world4.run(answer, 10, b=20) == [(30 + rank, rank, 4) for rank in range(4)]
@@ -297,7 +298,7 @@ def test_a_killed_caller_leaves_no_process_and_no_file(tmp_path: Path) -> None:
         caller.kill()
     assert len(pids) == 8, "the server, the tracker of resources and three times two ranks"
     assert len(folders) == 3
-    assert gone(pids, within=10)
+    assert gone(pids, within=30)
     assert not list(tmp_path.glob("minipar-*"))
 
 
