@@ -1046,7 +1046,7 @@ def kept(tokens, targets, mesh):
 four = world.run(kept, tokens, targets, Mesh(dp=4))
 with World(1) as single:
     one = single.run(kept, tokens, targets, Mesh())
-print("you wrote:", prediction, "- each of four:", sum(four[0]), "- one process:", sum(one[0]))
+print(f"you wrote: {prediction} - each of four: {sum(four[0]):,}, one process: {sum(one[0]):,}")
 assert four == one * 4 == [(4 * P, 4 * P, 8 * P)] * 4 and sum(four[0]) == 16 * P
 
 # %% [markdown] lang="en"
@@ -1116,17 +1116,19 @@ for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 
 viz.show_source(minipar.train.Parallel.step)
 
 # %% [markdown] lang="en"
-# You know every part of it: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count.
-# The executor in the middle runs forwards and backwards in the order of a schedule, and arms the hooks before the last
-# backward. `guess` is a small trick. The global count must be known before the first backward, but only the ranks
-# together know how many labels count. Where all do, the guess is right and nothing is left to do; else the gradients
-# are scaled once, at the end.
+# Most of it you know: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count. (The heads,
+# and what is partial or tied, concern other axes of the mesh; the randomness is for dropout.) The executor in the
+# middle runs forwards and backwards in the order of a schedule, and arms the hooks before the last backward.
 #
-# **Predict:** the law for `parallelize`, for one and two microbatches, 8 rows and 10: at which distance from one
-# process will it end? Then one step of SGD: how far apart are the weights?
+# `guess` is a small trick. The division comes before the first backward, but how many labels count, only the ranks
+# together know. So `step` divides by the number of labels, counting or not. Where all count, that was right and
+# nothing is left to do; else the gradients are scaled once, at the end.
+#
+# **Predict:** we hold `parallelize` against one process, with 8 rows and with 10, with one and two microbatches. How
+# far apart are the gradients? Then both take one step of SGD. How far apart are the steps?
 
 # %%
-prediction = None  # (gradients, weights)
+prediction = None  # (gradients, steps)
 
 
 def the_law(tokens, targets, mesh, microbatches):
@@ -1211,3 +1213,4 @@ for mesh in (Mesh(dp=2, tp=2), Mesh(dp=2, pp=2), Mesh(pp=2, tp=2)):
         assert distance(got, alone) < 1e-12
     print(f"{mesh}: distance to one process {distance(got, alone):.0e}")
 world.close()
+folder.cleanup()
