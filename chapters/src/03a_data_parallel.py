@@ -689,8 +689,10 @@ def on_my_rank(text):
 text = corpus.text()
 _, _, one = tokenize_share(text, 1, 0)
 pieces, lengths, seconds = zip(*world.run(on_my_rank, text), strict=True)
-assert sum(pieces, []) == corpus.tokens().tolist() and max(lengths) < 0.26 * len(text)
-print("you wrote:", prediction, "- same tokens: True, characters on each rank:", lengths)
+together = [token for piece in pieces for token in piece]
+same = together == corpus.tokens().tolist()
+print(f"you wrote: {prediction} - same tokens: {same}, characters on each rank: {lengths}")
+assert same and max(lengths) < 0.26 * len(text)
 names, bars = ["one process", "slowest of 4 ranks"], {"time": [one, max(seconds)]}
 viz.show(viz.draw_bars(names, bars, "seconds, on this machine", "Tokenizing the text"))
 
@@ -1116,9 +1118,9 @@ for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 
 viz.show_source(minipar.train.Parallel.step)
 
 # %% [markdown] lang="en"
-# Most of it you know: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count. (The heads,
-# and what is partial or tied, concern other axes of the mesh; the randomness is for dropout.) The executor in the
-# middle runs forwards and backwards in the order of a schedule, and arms the hooks before the last backward.
+# Most of it you know: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count. (The
+# heads, and what is partial or tied, concern other axes of the mesh; the randomness is for dropout.) The executor in
+# the middle runs forwards and backwards in the order of a schedule, and arms the hooks before the last backward.
 #
 # `guess` is a small trick. The division comes before the first backward, but how many labels count, only the ranks
 # together know. So `step` divides by the number of labels, counting or not. Where all count, that was right and
