@@ -140,8 +140,11 @@ def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
     places = [_place(mesh, rank, used) for rank in range(mesh.size)]
     columns, rows = (max(place[i] for place in places) + 1 for i in (0, 1))
     scale = min(1.0, 9 / columns)
-    drawing = Figure(figsize=(max(3.2, columns * scale + 0.2), rows * scale * 0.72 + 0.5), layout="constrained")
-    panel = drawing.add_subplot()
+    height = rows * scale * 0.72 + 0.4
+    drawing = Figure(
+        figsize=(max(3.4, columns * scale + 0.2), height)
+    )  # laid out by hand: explorers draw it many times
+    panel = drawing.add_axes((0, 0, 1, 1 - 0.3 / height))
     crowded = scale < 0.8 or len(used) > 3
     groups = mesh.lines(axis) if axis else []
     group_of = {rank: i for i, line in enumerate(groups) for rank in line}
@@ -413,7 +416,7 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
             ax.add_patch(Rectangle((start, row - 0.42), wide, 0.84, fc=color, ec=INK, lw=0.5, zorder=2))
             lines = [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
             size = min(9.0, wide * points * 0.85 / (0.62 * max(map(len, lines))))
-            if size >= 4.5:
+            if size >= 5.5:
                 ax.text(
                     start + wide / 2,
                     row,

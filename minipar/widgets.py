@@ -78,30 +78,33 @@ def _is_range(values: list[Any]) -> bool:
 def _live(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> Any:
     """The same picture under ipywidgets' controls, for as long as the kernel runs.
 
-    Beside a slider stands a number field: ipywidgets gives its sliders no name that a screen reader could say.
+    A row for each choice: a field, which has a name that a screen reader can say, and a slider, which has none but
+    keeps the arrow keys that JupyterLab takes from a menu.
     """
     import ipywidgets
 
-    picture, controls, boxes = ipywidgets.HTML(), {}, []
+    picture, fields, rows = ipywidgets.HTML(), {}, []
+    field: Any  # ipywidgets: fields and sliders of either kind
+    slider: Any
     for name, values in grid.items():
         if _is_range(values):
             ends = {"value": values[0], "min": values[0], "max": values[-1]}
-            control = ipywidgets.BoundedIntText(**ends, description=name, layout={"width": "150px"})
-            slider = ipywidgets.IntSlider(**ends, readout=False, layout={"width": "200px"})
-            ipywidgets.link((control, "value"), (slider, "value"))
-            boxes += [control, slider]
+            field, slider = ipywidgets.BoundedIntText(**ends), ipywidgets.IntSlider(**ends, readout=False)
         else:
-            control = ipywidgets.Dropdown(options=[(str(v), v) for v in values], description=name)
-            boxes.append(control)
-        controls[name] = control
+            options = {"options": [(str(v), v) for v in values]}
+            field, slider = ipywidgets.Dropdown(**options), ipywidgets.SelectionSlider(**options, readout=False)
+        field.description = name
+        ipywidgets.link((field, "value"), (slider, "value"))
+        fields[name] = field
+        rows.append(ipywidgets.HBox([field, slider]))
 
     def move(_: object = None) -> None:
-        picture.value = _figure(*_frame(fn, {name: control.value for name, control in controls.items()}))
+        picture.value = _figure(*_frame(fn, {name: field.value for name, field in fields.items()}))
 
-    for control in controls.values():
-        control.observe(move, "value")
+    for field in fields.values():
+        field.observe(move, "value")
     move()
-    return ipywidgets.VBox([ipywidgets.HBox(boxes), picture])
+    return ipywidgets.VBox([*rows, picture])
 
 
 def _figure(source: str, sentence: str) -> str:
@@ -125,7 +128,7 @@ _SCRIPT = """(() => {
       const frame = frames[inputs.reduce((at, input, i) => at * values[i].length + Number(input.value), 0)];
       inputs.forEach((input, i) => {
         input.setAttribute("aria-valuetext", values[i][input.value]);
-        if (sliders[i]) input.nextElementSibling.textContent = values[i][input.value];
+        if (sliders[i]) input.parentNode.lastChild.textContent = values[i][input.value];
       });
       image.src = "data:image/png;base64," + pictures[frame[0]];
       image.alt = caption.textContent = sentences[frame[1]];
@@ -137,8 +140,9 @@ _SCRIPT = """(() => {
       label.append(name + " ", input);
       if (sliders[i]) {
         Object.assign(input, {type: "range", min: 0, max: values[i].length - 1, value: 0});
-        label.append(document.createElement("span"));
+        label.append(" ", document.createElement("span"));
       } else values[i].forEach((value, at) => input.append(new Option(value, at)));
+      input.dataset.lmSuppressShortcuts = "true";  // else JupyterLab takes the arrow keys
       input.oninput = show;
       inputs.push(input);
       controls.append(label);

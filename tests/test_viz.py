@@ -136,7 +136,7 @@ def test_no_label_of_a_timeline_overlaps_another_or_leaves_its_box(run):
         label = text.get_window_extent()
         middle = (label.x0 + label.x1) / 2, (label.y0 + label.y1) / 2
         (box,) = [b for b in boxes if b.contains(*middle)]
-        assert text.get_fontsize() >= 4.5
+        assert text.get_fontsize() >= 5.5
         assert box.x0 <= label.x0 and label.x1 <= box.x1 and box.y0 <= label.y0 and label.y1 <= box.y1
 
 
@@ -299,12 +299,14 @@ def test_an_explorer_shows_the_live_and_the_static_version_in_one_output(monkeyp
     (bundle,) = bundles
     assert bundle["text/html"] == widgets.static_page(a_frame, {"a": [1, 2, 3], "b": ["x", "y"]})
     ipywidgets.Widget.on_widget_constructed(None)
-    number, slider, menu, picture = (
+    number, slider, menu, menu_slider, picture = (
         next(w for w in made if isinstance(w, getattr(ipywidgets, kind)))
-        for kind in ("BoundedIntText", "IntSlider", "Dropdown", "HTML")
+        for kind in ("BoundedIntText", "IntSlider", "Dropdown", "SelectionSlider", "HTML")
     )
-    assert {number.description, menu.description} == {"a", "b"}
+    assert (number.description, menu.description) == ("a", "b")
     slider.value = 3
     assert number.value == 3 and "a is 3, b is x" in picture.value
-    menu.value = "y"
+    menu_slider.value = "y"
     assert "a is 3, b is y" in picture.value
+    number.value, menu.value = 2, "x"
+    assert "a is 2, b is x" in picture.value

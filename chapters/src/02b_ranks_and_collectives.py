@@ -53,7 +53,7 @@ world = World(4)
 #
 # `World(4)` has started four processes. In this field each of them is called a **rank**, and its number, 0 to 3, is
 # called its rank, too. `world.run(fn)` sends a function to all of them, each calls it, and you get four answers, in
-# rank order. On a cluster, each rank would own one GPU. Here they share your processor, and everything else is alike.
+# rank order. On a cluster, each rank would own one GPU. Here they share your processor. The program is the same.
 #
 # `torch.distributed`, imported as `dist`, is PyTorch's part for talking between ranks. Two of its functions tell a
 # rank where it is: `get_rank()` and `get_world_size()`.
@@ -228,8 +228,8 @@ assert got == world.run(rank_0_receives_first) == [(rank - 1) % 4 for rank in ra
 #
 # The second mistake that everybody makes: ranks that disagree about sizes. Say the last rank has one row more than
 # the others. What gloo makes of it depends on the sizes. With 2, 2, 2 and 3 numbers we saw three ranks return, with
-# whatever they had added, while the fourth waited forever; with larger differences a process was aborted. Neither
-# tells you what went wrong. So a `World` compares what the ranks are about to do, before they do it.
+# whatever they had added, while the fourth waited forever; with other sizes a process was aborted. Neither tells you
+# what went wrong. So a `World` compares what the ranks are about to do, before they do it.
 
 
 # %%
@@ -253,8 +253,8 @@ except RankError as report:
 # ## 4. Broadcast: one has it, all need it
 #
 # A **collective** is an operation that all ranks of a group call together. The first is **broadcast**: one rank, the
-# *root*, has a tensor, and afterwards all have it. Training begins with one: every rank must start from the same
-# weights.
+# *root*, has a tensor, and afterwards all have it. Training often begins with one: every rank must start from the
+# same weights.
 #
 # From here on we use minipar's own `send` and `recv`. They call `dist` underneath, return a tensor instead of filling
 # one, and differ in two ways. They talk along an **axis**, which is a line of ranks; for now there is one axis with
@@ -315,18 +315,17 @@ print("you wrote:", prediction, "- sent, in units of M:", [sent / M for sent in 
 viz.show_source(tree_broadcast)
 
 # %%
-results, tree = counted(tree_broadcast, 1_000_000)
-assert all(torch.equal(y, numbers(0, 1_000_000)) for y in results)
 with World(8) as eight:
-    _, direct8 = counted(broadcast_by_hand, 1_000_000, eight)
-    _, tree8 = counted(tree_broadcast, 1_000_000, eight)
-assert max(direct8) == 7 * M and max(tree8) == 3 * M and sum(direct8) == sum(tree8) == 7 * M
+    _, direct = counted(broadcast_by_hand, 1_000_000, eight)
+    results, tree = counted(tree_broadcast, 1_000_000, eight)
+assert all(torch.equal(y, numbers(0, 1_000_000)) for y in results)
+assert max(direct) == 7 * M and max(tree) == 3 * M and sum(direct) == sum(tree) == 7 * M
 
 drawing, panels = viz.figure(7, 2.4, columns=2)
-for panel, name, sent in zip(panels, ("direct", "tree"), (direct8, tree8), strict=True):
+for panel, name, sent in zip(panels, ("direct", "tree"), (direct, tree), strict=True):
     panel.bar(range(8), [b / M for b in sent], color=viz.PALETTE[0], edgecolor=viz.INK)
     panel.set(title=name, xlabel="rank", ylabel="× M sent", ylim=(0, 7.5), xticks=range(8))
-told = ", ".join(f"rank {rank} {d // M} and {t // M}" for rank, (d, t) in enumerate(zip(direct8, tree8, strict=True)))
+told = ", ".join(f"rank {rank} {d // M} and {t // M}" for rank, (d, t) in enumerate(zip(direct, tree, strict=True)))
 viz.show(drawing, alt=f"Bars: what each of 8 ranks sends in a broadcast, direct and as a tree, in units of M: {told}.")
 
 # %% [markdown] lang="en"
@@ -488,9 +487,9 @@ viz.show(viz.draw_tensors(states, hue=lambda value: int(str(value)[0]) - 1))
 # that does its work *there*, on 1/n of the numbers, before the all-gather, saves memory and sends nothing more. That
 # is the idea behind ZeRO and FSDP, and you will meet it in chapter 3a.
 #
-# | collective | a rank brings | a rank gets | a rank sends (ring) |
+# | collective | a rank brings | a rank gets | a rank sends |
 # |---|---|---|---|
-# | broadcast | root: $M$ | $M$ | tree: at most $\log_2 n$ × $M$ |
+# | broadcast | the root: $M$ | $M$ | in a tree, at most $\log_2 n$ × $M$ |
 # | reduce-scatter | $M$ | $M/n$, summed | $(n-1)/n$ × $M$ |
 # | all-gather | $M/n$ | $M$ | $(n-1)/n$ × $M$ |
 # | all-reduce | $M$ | $M$, summed | $2(n-1)/n$ × $M$ |
@@ -536,11 +535,13 @@ assert among_ranks and not as_one_process and largest < 1e-5
 #
 # ## 7. An independent witness
 #
-# The ledger is minipar's own bookkeeping. Who checks the books? Ranks on one machine talk over the *loopback*, a
-# network device inside the operating system, and the system counts every byte that passes. We let both count.
+# The ledger is minipar's own bookkeeping. For `send` it books the tensor's bytes. Into the library's collectives it
+# cannot look: there it books the formula of the table. Who checks the books? Ranks on one machine talk over the
+# *loopback*, a network device inside the operating system, and the system counts every byte that passes. We let both
+# count.
 
 # %%
-loopback = next(name for name in psutil.net_if_stats() if name.startswith("lo"))
+loopback = next(name for name in psutil.net_if_stats() if name.lower().startswith("lo"))
 
 
 def bytes_on_the_loopback(operation, count, tries=30):
