@@ -689,8 +689,7 @@ def on_my_rank(text):
 text = corpus.text()
 _, _, one = tokenize_share(text, 1, 0)
 pieces, lengths, seconds = zip(*world.run(on_my_rank, text), strict=True)
-together = [token for piece in pieces for token in piece]
-same = together == corpus.tokens().tolist()
+same = [token for piece in pieces for token in piece] == corpus.tokens().tolist()
 print(f"you wrote: {prediction} - same tokens: {same}, characters on each rank: {lengths}")
 assert same and max(lengths) < 0.26 * len(text)
 names, bars = ["one process", "slowest of 4 ranks"], {"time": [one, max(seconds)]}
