@@ -172,7 +172,10 @@ def test_an_old_python_is_named_in_one_line(tmp_path):
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     old = tmp_path / "old-python"
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
+    asked = "import sys; code = sys.argv[1]; sys.version_info = (3, 9, 2); exec(code)"
+    old.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && echo Python 3.9.2 && exit\nexec {sys.executable} -c '{asked}' \"$2\"\n"
+    )
     old.chmod(0o755)
     refused = make("setup", f"PYTHON={old}", cwd=tmp_path)
     assert refused.returncode != 0 and not (tmp_path / ".venv").exists()
