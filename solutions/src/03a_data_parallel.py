@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from minipar import Axis, Config, Mesh, World, connect, corpus, gpt, ledger
 from minipar.collectives import all_reduce, start_all_reduce
-from minipar.course.parity import difference
+from minipar.course.checks import difference, verdict
 from minipar.data import rows
 from minipar.transport import Pending
 
@@ -198,18 +198,19 @@ def rows_of_each_rank() -> list[list[int]]:
 # %% check="03a.1" seconds=20
 # Check of 03a.1: run this after your answer
 # NBVAL_CHECK_OUTPUT
-yours = [list(share) for share in rows_of_each_rank()]
-loaded = on_each_rank(lambda axis: rows(torch.arange(10), axis.size)[axis.index].tolist())
-assert len(yours) == 4, f"There are 4 ranks, and you give {len(yours)} lists: one list for each rank."
-for row in range(10):
-    owners = [rank for rank, share in enumerate(yours) if row in share]
-    assert owners, f"Row {row} is on no rank: it would never be learned from."
-    assert len(owners) == 1, f"Row {row} is on ranks {owners}: it would count {len(owners)} times."
-for rank in range(4):
-    first, end = 10 * rank // 4, 10 * (rank + 1) // 4
-    why = f"its share begins at row 10 * {rank} // 4 = {first} and ends before row 10 * {rank + 1} // 4 = {end}"
-    assert yours[rank] == loaded[rank], f"Rank {rank}: you give the rows {yours[rank]}, but {why}."
-print("rows per rank:", *map(len, loaded))
+with verdict():
+    yours = [list(share) for share in rows_of_each_rank()]
+    loaded = on_each_rank(lambda axis: rows(torch.arange(10), axis.size)[axis.index].tolist())
+    assert len(yours) == 4, f"There are 4 ranks, and you give {len(yours)} lists: one list for each rank."
+    for row in range(10):
+        owners = [rank for rank, share in enumerate(yours) if row in share]
+        assert owners, f"Row {row} is on no rank: it would never be learned from."
+        assert len(owners) == 1, f"Row {row} is on ranks {owners}: it would count {len(owners)} times."
+    for rank in range(4):
+        first, end = 10 * rank // 4, 10 * (rank + 1) // 4
+        why = f"its share begins at row 10 * {rank} // 4 = {first} and ends before row 10 * {rank + 1} // 4 = {end}"
+        assert yours[rank] == loaded[rank], f"Rank {rank}: you give the rows {yours[rank]}, but {why}."
+    print("rows per rank:", *map(len, loaded))
 
 # %% [markdown] lang="en"
 # ## 03a.2 · Complete: load your own rows
@@ -245,19 +246,22 @@ def share(axis, total):
     return my_rows(batch, axis)
 
 
-sizes = {}
-for total in (8, 10, 3):
-    shares = on_each_rank(share, total)
-    sizes[total] = [len(s) for s in shares]
-    for rank, s in enumerate(shares):
-        assert s.shape[1:] == (32,), f"{total} rows, rank {rank}: the shape is {tuple(s.shape)}, not (its rows, 32)."
-    for row in range(total):
-        owners = [rank for rank, s in enumerate(shares) if row in s]
-        assert owners, f"{total} rows on 4 ranks, shares of {sizes[total]}: row {row} is on no rank."
-        assert len(owners) == 1, f"{total} rows on 4 ranks: row {row} is on ranks {owners}, so it counts twice."
-    spread = max(sizes[total]) - min(sizes[total])
-    assert spread <= 1, f"{total} rows on 4 ranks: shares of {sizes[total]} rows. The others wait for the largest."
-print("sizes of shares:", {total: sorted(s) for total, s in sizes.items()})
+with verdict():
+    sizes = {}
+    for total in (8, 10, 3):
+        shares = on_each_rank(share, total)
+        sizes[total] = [len(s) for s in shares]
+        for rank, s in enumerate(shares):
+            assert s.shape[1:] == (32,), (
+                f"{total} rows, rank {rank}: the shape is {tuple(s.shape)}, not (its rows, 32)."
+            )
+        for row in range(total):
+            owners = [rank for rank, s in enumerate(shares) if row in s]
+            assert owners, f"{total} rows on 4 ranks, shares of {sizes[total]}: row {row} is on no rank."
+            assert len(owners) == 1, f"{total} rows on 4 ranks: row {row} is on ranks {owners}, so it counts twice."
+        spread = max(sizes[total]) - min(sizes[total])
+        assert spread <= 1, f"{total} rows on 4 ranks: shares of {sizes[total]} rows. The others wait for the largest."
+    print("sizes of shares:", {total: sorted(s) for total, s in sizes.items()})
 
 # %% [markdown] lang="en"
 # ## 03a.3 · Write: average the gradients
@@ -295,12 +299,13 @@ def averaged(axis):
     return gradients(model), book.calls("dp")
 
 
-answers = on_each_rank(averaged)
-wrong = difference([got for got, _ in answers], one_process(tokens, targets))
-assert not wrong, f"After average_gradients, {wrong}."
-calls, parameters = answers[0][1], len(list(fresh_model().parameters()))
-assert calls == parameters, f"{calls} all_reduce calls for {parameters} parameters: one for each is enough."
-print(f"{calls} calls for {parameters} parameters, gradients equal to one process")
+with verdict():
+    answers = on_each_rank(averaged)
+    wrong = difference([got for got, _ in answers], one_process(tokens, targets))
+    assert not wrong, f"After average_gradients, {wrong}"
+    calls, parameters = answers[0][1], len(list(fresh_model().parameters()))
+    assert calls == parameters, f"{calls} all_reduce calls for {parameters} parameters: one for each is enough."
+    print(f"{calls} calls for {parameters} parameters, gradients equal to one process")
 
 # %% [markdown] lang="en"
 # ## 03a.4 · Write: a mean of means is not the mean
@@ -349,14 +354,15 @@ def summed(axis, targets):
     return {name: all_reduce(grad, axis) for name, grad in gradients(model).items()}
 
 
-for case, lengths in {
-    "equal lengths": [32] * 8,
-    "rows of different lengths": [32, 28, 20, 4, 6, 1, 2, 17],
-    "no labeled token on rank 3": [32, 28, 20, 4, 6, 1, 0, 0],
-}.items():
-    wrong = difference(on_each_rank(summed, padded(lengths)), one_process(tokens, padded(lengths)))
-    assert not wrong, f"With {case}, {wrong}."
-print("every token weighs the same:", case)
+with verdict():
+    for case, lengths in {
+        "equal lengths": [32] * 8,
+        "rows of different lengths": [32, 28, 20, 4, 6, 1, 2, 17],
+        "no labeled token on rank 3": [32, 28, 20, 4, 6, 1, 0, 0],
+    }.items():
+        wrong = difference(on_each_rank(summed, padded(lengths)), one_process(tokens, padded(lengths)))
+        assert not wrong, f"With {case}, {wrong}"
+    print("every token weighs the same:", case)
 
 # %% [markdown] lang="en"
 # ## 03a.5 · Write: one call for all gradients
@@ -392,12 +398,15 @@ def flat(axis):
     return gradients(model), book.calls("dp"), book.bytes("dp")
 
 
-answers = on_each_rank(flat)
-wrong = difference([answer[0] for answer in answers], one_process(tokens, targets))
-assert not wrong, f"After reduce_flat, {wrong}."
-_, calls, sent = answers[0]
-assert calls == 1, f"The gradients are right, but {calls} calls were made: one all_reduce of the flat tensor is enough."
-print(f"{calls} call, {sent:,} bytes sent by each rank")
+with verdict():
+    answers = on_each_rank(flat)
+    wrong = difference([answer[0] for answer in answers], one_process(tokens, targets))
+    assert not wrong, f"After reduce_flat, {wrong}"
+    _, calls, sent = answers[0]
+    assert calls == 1, (
+        f"The gradients are right, but {calls} calls were made: one all_reduce of the flat tensor is enough."
+    )
+    print(f"{calls} call, {sent:,} bytes sent by each rank")
 
 # %% [markdown] lang="en"
 # ## 03a.6 · Predict: how many bytes
@@ -432,20 +441,21 @@ def sent(numbers, dtype, mesh):
     return book.bytes("dp")
 
 
-for dtype, n in [(torch.float32, 4), (torch.float64, 4), (torch.float32, 2), (torch.float32, 1)]:
-    yours, size = ring_bytes(59_264, dtype.itemsize, n), dtype.itemsize
-    real = world.run(sent, 59_264, dtype, Mesh(dp=n, tp=4 // n), limit=15)[0]
-    mistakes = {
-        59_264 * 2 * (n - 1) / n: "That counts elements: a byte is smaller.",
-        size * 59_264 * (n - 1) / n: "That is one half of it: after the reduce-scatter comes the all-gather.",
-        size * 59_264 * 2: "Each rank keeps one chunk at home: n-1 steps, not n.",
-        size * 59_264 * 2 * (n - 1): "What travels in a step is one chunk, not the whole tensor.",
-        size * 59_264 * (n - 1): "That is each rank sending all it has to all others: a ring does better.",
-    }
-    hint = mistakes.get(yours, "") if yours != real else ""
-    what = f"59,264 elements of {dtype} on {n} rank{'s' * (n > 1)}"
-    assert abs(yours - real) < 1, f"{what}: you predict {yours:,.0f} bytes, a rank sends {real:,}. {hint}"
-print("59,264 float32 on 4 ranks:", f"{ring_bytes(59_264, 4, 4):,.0f} bytes sent by each")
+with verdict():
+    for dtype, n in [(torch.float32, 4), (torch.float64, 4), (torch.float32, 2), (torch.float32, 1)]:
+        yours, size = ring_bytes(59_264, dtype.itemsize, n), dtype.itemsize
+        real = world.run(sent, 59_264, dtype, Mesh(dp=n, tp=4 // n), limit=15)[0]
+        mistakes = {
+            59_264 * 2 * (n - 1) / n: "That counts elements: a byte is smaller.",
+            size * 59_264 * (n - 1) / n: "That is one half of it: after the reduce-scatter comes the all-gather.",
+            size * 59_264 * 2: "Each rank keeps one chunk at home: n-1 steps, not n.",
+            size * 59_264 * 2 * (n - 1): "What travels in a step is one chunk, not the whole tensor.",
+            size * 59_264 * (n - 1): "That is each rank sending all it has to all others: a ring does better.",
+        }
+        hint = mistakes.get(yours, "") if yours != real else ""
+        what = f"59,264 elements of {dtype} on {n} rank{'s' * (n > 1)}"
+        assert abs(yours - real) < 1, f"{what}: you predict {yours:,.0f} bytes, a rank sends {real:,}. {hint}"
+    print("59,264 float32 on 4 ranks:", f"{ring_bytes(59_264, 4, 4):,.0f} bytes sent by each")
 
 # %% [markdown] lang="en"
 # ## 03a.7 · Complete: send while backward still runs
@@ -499,19 +509,22 @@ def launch_early(
 # %% check="03a.7" seconds=20
 # Check of 03a.7: run this after your answer
 # NBVAL_CHECK_OUTPUT
-ranks = on_each_rank(train_overlapped, launch_early)
-for step in range(2):
-    calls, early = ranks[0][step]["calls"], ranks[0][step]["early"]
-    when = f"Step {step + 1}, three buckets, two microbatches: {calls} calls"
-    assert calls or not step, f"{when}. Step 1 had {ranks[0][0]['calls']}: did `missing` stay empty after it?"
-    assert calls, f"{when}. Nothing was ever sent: when is a bucket complete?"
-    assert calls != 6, f"{when}. Each bucket was sent in each microbatch: wait for the last one."
-    assert calls <= 3, f"{when}. Send a bucket once, when *all* its gradients are there, not for each parameter."
-    wrong = difference([rank[step]["gradients"] for rank in ranks], one_process(tokens, targets))
-    assert not wrong, f"{when}. {wrong[0].upper() + wrong[1:]}. Was a bucket sent before it was complete?"
-    assert calls == 3, f"{when}. One for each bucket should be made."
-    assert early == 2, f"{when}, {early} of them started before backward came to the embedding: 2 buckets are complete."
-print(f"{calls} calls a step, {early} of them before backward is through")
+with verdict():
+    ranks = on_each_rank(train_overlapped, launch_early)
+    for step in range(2):
+        calls, early = ranks[0][step]["calls"], ranks[0][step]["early"]
+        when = f"Step {step + 1}, three buckets, two microbatches: {calls} calls"
+        assert calls or not step, f"{when}. Step 1 had {ranks[0][0]['calls']}: did `missing` stay empty after it?"
+        assert calls, f"{when}. Nothing was ever sent: when is a bucket complete?"
+        assert calls != 6, f"{when}. Each bucket was sent in each microbatch: wait for the last one."
+        assert calls <= 3, f"{when}. Send a bucket once, when *all* its gradients are there, not for each parameter."
+        wrong = difference([rank[step]["gradients"] for rank in ranks], one_process(tokens, targets))
+        assert not wrong, f"{when}. {wrong[0].upper() + wrong[1:]} Was a bucket sent before it was complete?"
+        assert calls == 3, f"{when}. One for each bucket should be made."
+        assert early == 2, (
+            f"{when}, {early} of them started before backward came to the embedding: 2 buckets are complete."
+        )
+    print(f"{calls} calls a step, {early} of them before backward is through")
 
 # %% [markdown] lang="en"
 # ## 03a.8 · Write and predict: merge the updates instead?
@@ -555,29 +568,26 @@ def same_weights() -> dict[str, bool]:
 # %% check="03a.8" seconds=30
 # Check of 03a.8: run this after your answer
 # NBVAL_CHECK_OUTPUT
-start = {name: p.detach() for name, p in fresh_model().named_parameters()}
-predicted = same_weights()
-for name in OPTIMIZERS:
-    assert name in predicted, f"same_weights() says nothing about {name!r}."
-    by_gradients = on_each_rank(weights_after, name, None)[0]
-    by_updates = on_each_rank(weights_after, name, merge_updates)
-    moved = max(float((by_updates[0][p] - start[p]).abs().max()) for p in start)
-    assert moved, f"{name}: after two steps no weight has moved: merge_updates takes the optimizer's step."
-    for rank in range(1, 4):
-        apart = [p for p in start if not torch.equal(by_updates[rank][p], by_updates[0][p])]
-        assert not apart, (
-            f"{name}: rank {rank} has other weights than rank 0, {apart[0]} first. Average after the step."
+with verdict():
+    start = {name: p.detach() for name, p in fresh_model().named_parameters()}
+    predicted = same_weights()
+    for name in OPTIMIZERS:
+        assert name in predicted, f"same_weights() says nothing about {name!r}."
+        by_gradients = on_each_rank(weights_after, name, None)[0]
+        by_updates = on_each_rank(weights_after, name, merge_updates)
+        moved = max(float((by_updates[0][p] - start[p]).abs().max()) for p in start)
+        assert moved, f"{name}: after two steps no weight has moved: merge_updates takes the optimizer's step."
+        for rank in range(1, 4):
+            apart = [p for p in start if not torch.equal(by_updates[rank][p], by_updates[0][p])]
+            assert not apart, f"{name}: rank {rank} has other weights than rank 0. Average after the step."
+        wrong = difference(by_updates, by_gradients, "value")
+        assert name != "SGD" or not wrong, f"For plain SGD both must agree, but {wrong}"
+        assert name != "Adam" or wrong, "Adam: exactly as if gradients were averaged. Step first, then average weights."
+        measured = "differ" if wrong else "are equal"
+        assert predicted[name] == (not wrong), (
+            f"{name}: you predict {predicted[name]}, but after two steps weights {measured}."
         )
-    wrong = difference(by_updates, by_gradients, "value")
-    assert name != "SGD" or not wrong, f"For plain SGD both must agree, but {wrong}."
-    assert name != "Adam" or wrong, (
-        "With Adam you get exactly what averaged gradients give: average weights, after the step."
-    )
-    measured = "differ" if wrong else "are equal"
-    assert predicted[name] == (not wrong), (
-        f"{name}: you predict {predicted[name]}, but after two steps weights {measured}."
-    )
-print("as predicted:", ", ".join(OPTIMIZERS))
+    print("as predicted:", ", ".join(OPTIMIZERS))
 
 # %% [markdown] lang="en"
 # ## 03a.9 · Mend: the bug that a loss curve hides
@@ -648,20 +658,21 @@ for what, get in {
 # %% check="03a.9" seconds=30
 # Check of 03a.9: run this after your answer
 # NBVAL_CHECK_OUTPUT
-law = broken_law()
-assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
-assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
-short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
-for case, labels in {"full rows": targets, "rows of different lengths": short}.items():
-    whole = one_process(tokens, labels)
-    for microbatches in (1, 2):
-        answers = on_each_rank(train, train_step, labels, microbatches, 1)
-        wrong = difference([answer["gradients"] for answer in answers], whole)
-        assert not wrong, f"{case}, {microbatches} microbatches: {wrong}."
-    expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
-    off = answers[0]["losses"][0] - expected
-    assert abs(off) < 1e-9, f"{case}: the gradients are right, but the loss that is returned is off by {off:.3g}."
-print("mended, for full rows and for padded ones")
+with verdict():
+    law = broken_law()
+    assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
+    assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
+    short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
+    for case, labels in {"full rows": targets, "rows of different lengths": short}.items():
+        whole = one_process(tokens, labels)
+        for microbatches in (1, 2):
+            answers = on_each_rank(train, train_step, labels, microbatches, 1)
+            wrong = difference([answer["gradients"] for answer in answers], whole)
+            assert not wrong, f"{case}, {microbatches} microbatches: {wrong}"
+        expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
+        off = answers[0]["losses"][0] - expected
+        assert abs(off) < 1e-9, f"{case}: the gradients are right, but the loss that is returned is off by {off:.3g}."
+    print("mended, for full rows and for padded ones")
 
 # %% [markdown] lang="en"
 # ## All together

@@ -228,7 +228,7 @@ def same_weights():
     return {"SGD": True, "SGD with momentum": True, "SGD, clipped": False, "Adam": False}
 
 
-# %% task="03a.8" says="With Adam you get exactly what averaged gradients give"
+# %% task="03a.8" says="Adam: exactly as if gradients were averaged"
 def merge_updates(model, optimizer, axis):  # merges gradients after all
     for p in model.parameters():
         p.grad = all_reduce(p.grad, axis) / axis.size

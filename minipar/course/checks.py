@@ -1,16 +1,51 @@
-"""What is wrong with these tensors? Says it in words, for the checks of exercises."""
+"""For the check cells of exercises: what is wrong with these tensors, and how a learner is told."""
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
+
+from ..world import RankError
 
 Tensors = dict[str, Tensor]
 
 TOLERANCE = 1e-12  # of the largest value of the reference, in float64
+NOT_BEGUN = "Not begun: NotImplementedError stands where your code goes."
+
+
+class Refused(AssertionError):
+    """The verdict on a wrong answer. A notebook shows its message alone: the code of the check gives things away."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
+
+
+@contextmanager
+def verdict() -> Iterator[None]:
+    """What fails in a check is told without the check: the message of an assert, the report of ranks, or the error
+    with the lines of the answer that led to it. Raises Refused."""
+    try:
+        yield
+    except AssertionError as error:
+        raise Refused(str(error)) from None
+    except NotImplementedError:
+        raise Refused(NOT_BEGUN) from None
+    except RankError as error:
+        raise Refused(NOT_BEGUN if "NotImplementedError" in str(error).split("\n")[0] else str(error)) from None
+    except Exception as error:
+        raise Refused(_told(error)) from None
+
+
+def _told(error: Exception) -> str:
+    """The error, and the lines that led to it, without those of the check (the first two: this file and the cell)."""
+    frames = traceback.extract_tb(error.__traceback__)[2:]
+    lines = [f"  line {frame.lineno} of {frame.name}: {frame.line}" for frame in frames]
+    return "\n".join([f"{type(error).__name__}: {error}", *lines])
 
 
 def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient") -> str:
-    """Why the tensors that ranks hold are not those of one process; "" if they are.
+    """Why the tensors that ranks hold are not those of one process, in a sentence; "" if they are.
 
     ranks: for each rank its tensors by parameter name; whole: those of one process.
     """
@@ -18,10 +53,10 @@ def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient")
         for name, wanted in whole.items():
             got = mine.get(name)
             if got is None:
-                return f"rank {rank}: {name} has no {what}"
+                return f"rank {rank}: {name} has no {what}."
             if got.shape != wanted.shape:
                 shapes = f"{tuple(got.shape)}, and the parameter is {tuple(wanted.shape)}"
-                return f"rank {rank}: the {what} of {name} has the shape {shapes}"
+                return f"rank {rank}: the {what} of {name} has the shape {shapes}."
     largest = max(float(wanted.abs().max()) for wanted in whole.values())
     wrong = {
         (name, rank): mine[name]
@@ -39,18 +74,18 @@ def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient")
 def _explain(ranks: Sequence[Tensors], whole: Tensors, name: str, rank: int, what: str) -> str:
     got, wanted = ranks[rank][name], whole[name]
     if not got.isfinite().all():
-        return "is not finite"
+        return "is not finite."
     if not got.any():
-        return "is zero everywhere"
+        return "is zero everywhere."
     factors = [_factor(mine[name], wanted) for mine in ranks]
     if factors[rank] is not None and factors.count(factors[rank]) == len(ranks):
         return f"is {factors[rank]:.4g} times that of one process, on every rank" + _counts(factors[rank], len(ranks))
     if factors[rank] is not None:
-        return f"is {factors[rank]:.4g} times that of one process, and other ranks have another factor"
+        return f"is {factors[rank]:.4g} times that of one process, and other ranks have another factor."
     if any(float((mine[name] - got).abs().max()) > 0 for mine in ranks):
         return f"is not what the other ranks have: was this {what} reduced over the axis?"
     off = float((got - wanted).abs().max() / wanted.abs().max())
-    return f"is the same on every rank, but off by {off:.1%} of what one process gets"
+    return f"is the same on every rank, but off by {off:.1%} of what one process gets."
 
 
 def _factor(got: Tensor, wanted: Tensor) -> float | None:
@@ -60,8 +95,8 @@ def _factor(got: Tensor, wanted: Tensor) -> float | None:
 
 
 def _counts(factor: float, ranks: int) -> str:
-    """What a factor smells of."""
+    """What a factor smells of, as the end of a sentence."""
     for number, cause in ((ranks, "summed over"), (1 / ranks, "divided once too often by")):
         if abs(factor / number - 1) < 1e-6:
             return f": {cause} the {ranks} ranks?"
-    return ""
+    return "."
