@@ -48,8 +48,10 @@ class Mesh:
         """The ranks that differ from `rank` only along `axis`, in order of their index."""
         if axis not in self.shape:
             raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(self.shape)}")
-        here = self.coordinate(rank)
-        return tuple(r for r in range(self.size) if self.coordinate(r) | {axis: here[axis]} == here)
+        sizes = list(self.shape.values())
+        step = prod(sizes[list(self.shape).index(axis) + 1 :])  # ranks between neighbors on the line
+        first = rank - step * self.coordinate(rank)[axis]
+        return tuple(range(first, first + step * self.shape[axis], step))
 
     def lines(self, axis: str) -> list[tuple[int, ...]]:
         """Every line of ranks along `axis`: together they cover the mesh once."""

@@ -3,9 +3,14 @@
 from collections.abc import Iterator
 
 import cloudpickle
+import hypothesis
 import pytest
 
 from minipar import World
+
+# The same examples on every machine; no deadline, since a machine may be busy.
+hypothesis.settings.register_profile("minipar", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("minipar")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,16 +5,13 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minipar import Costs, Mesh, bubble, gpipe, one_f_one_b, parallelize, simulate
 from minipar.model import Config, gpt
 from minipar.schedule import COMPUTE, Action, Op, check, communicate, depends_on, forward_only, in_flight, owners
 from minipar.timeline import Deadlock
-
-settings.register_profile("minipar", deadline=None, max_examples=60)
-settings.load_profile("minipar")
 
 SCHEDULES = [gpipe, one_f_one_b]
 sizes = st.tuples(st.sampled_from(SCHEDULES), st.integers(1, 9), st.integers(1, 12))
