@@ -31,7 +31,7 @@ from .mesh import Mesh
 
 MOST_FRAMES = 200
 DPI, COLORS = 80, 48  # of a frame: about 6 kB each
-WIDGET = "application/vnd.jupyter.widget-view+json"
+LIVE = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
 
 
 def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
@@ -50,7 +50,7 @@ def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
     static = static_page(fn, grid)
     live = _live(fn, grid)
     bundle = {
-        WIDGET: {"version_major": 2, "version_minor": 0, "model_id": live.model_id},
+        LIVE: {"version_major": 2, "version_minor": 0, "model_id": live.model_id},
         "text/html": static,
         "text/plain": _frame(fn, {name: values[0] for name, values in grid.items()})[1],
     }

@@ -6,6 +6,7 @@ import queue
 import re
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from minipar.rings import ring_all_reduce
 from minipar.schedule import Action, Op, gpipe, one_f_one_b
 from minipar.timeline import Costs, Span, Timeline, simulate
 from minipar.transport import Done, Pending
+
+CHAPTERS = Path(__file__).parents[1] / "chapters"
 
 # -- descriptions --------------------------------------------------------------------------------------------------
 
@@ -310,3 +313,9 @@ def test_an_explorer_shows_the_live_and_the_static_version_in_one_output(monkeyp
     assert "a is 3, b is y" in picture.value
     number.value, menu.value = 2, "x"
     assert "a is 2, b is x" in picture.value
+
+
+@pytest.mark.parametrize("chapter", sorted(CHAPTERS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_built_chapter_holds_no_live_widget_whose_kernel_is_gone(chapter):
+    """JupyterLab would show "model not found" in its place, and not the static version beside it."""
+    assert widgets.LIVE not in chapter.read_text(encoding="utf-8")

@@ -694,13 +694,14 @@ def coordinate(rank, shape):
     return place
 
 
-for shape in (Mesh(dp=2, pp=2, tp=2), Mesh(dp=4, tp=2), Mesh(dp=2, pp=2, ep=2, cp=2, tp=2)):
-    assert all(coordinate(rank, shape.shape) == shape.coordinate(rank) for rank in range(shape.size))
+for layout in (Mesh(dp=2, pp=2, tp=2), Mesh(dp=4, tp=2), Mesh(dp=2, pp=2, ep=2, cp=2, tp=2)):
+    assert all(coordinate(rank, layout.shape) == layout.coordinate(rank) for rank in range(layout.size))
 viz.show_source(Mesh.coordinate, Mesh.line)
 
 # %% [markdown] lang="en"
-# The package's version also refuses a rank that is not on the mesh, and gives the axes in their order. `line` is
-# written from `coordinate` alone: slower than arithmetic on strides, and it can be read aloud.
+# The package's version also refuses a rank that is not on the mesh, and gives the axes in their order. `line` needs no
+# search: neighbors along an axis are as many ranks apart as the axes to its right have places. Along `tp` that is 1,
+# along `pp` 2, along `dp` 4.
 #
 # Try every layout of eight ranks on three axes. **Before you move it:** in `Mesh(dp=2, tp=4)`, who is in the `dp`
 # group of rank 6?
@@ -728,6 +729,7 @@ def sums_along(mesh, count):
     return sums, {name: book.bytes(name) for name in sums}
 
 
+assert Mesh(dp=2, tp=4).line("dp", 6) == (2, 6)  # the answer above
 with World(8) as eight:
     answers = eight.run(sums_along, mesh, 1_000)
 print("you wrote:", prediction, "- rank 5 got", answers[5][0])
