@@ -372,6 +372,24 @@ def test_a_bucket_is_an_all_reduce(world2):
         assert (calls, during, sent) == (1, 1, 660 * 4)
 
 
+def test_buckets_leave_while_backward_still_runs(world2):
+    def moments():
+        model = gpt(Config(depth=4, width=256))  # more than three buckets
+        parallel = parallelize(model, Mesh(dp=2), microbatches=2)
+        tokens = torch.arange(4 * 64).view(4, 64)
+        with ledger() as book:
+            parallel.step(tokens, tokens)
+        (*_, (first, _, first_ended), (last, last_started, last_ended)) = [
+            span for span in parallel.executor.spans if span[0].op == "B"
+        ]
+        assert (first.microbatch, last.microbatch) == (0, 1)
+        starts = [e.start for e in book.select("dp", "all_reduce")][:-1]  # the last is of loss and count
+        return len(starts), min(starts) > last_started > first_ended, sum(t < last_ended for t in starts)
+
+    for buckets, in_last_backward, during in world2.run(moments):
+        assert in_last_backward and during == buckets > 3
+
+
 def test_gradients_are_views_into_one_buffer():
     model, (tokens, targets) = gpt(SHAPE).double(), batch_of(SHAPE, ROWS, LENGTH)
     parallel = parallelize(model, Mesh())

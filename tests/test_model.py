@@ -216,6 +216,19 @@ def test_ranks_hold_their_share_of_the_parameters_and_no_more(world4):
         assert answers[0][0] == whole
 
 
+def test_no_rank_ever_holds_the_whole_logits_in_training(world2):
+    def widths(sequence):
+        parallel = parallelize(tiny(), Mesh(tp=2), sequence_parallel=sequence)
+        seen = []
+        parallel.module.head.register_forward_hook(lambda layer, args, output: seen.append(output.shape[-1]))
+        parallel.step(*batch_of(TINY, 9, 8))
+        parallel.forward(batch_of(TINY, 9, 8)[0])
+        return seen
+
+    for sequence in (False, True):
+        assert world2.run(widths, sequence) == [[9, 19], [10, 19]]
+
+
 def test_float32_is_as_close_as_float32_is(world4):
     model, (tokens, targets) = tiny().float(), batch_of(TINY, 9, 8)
     loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
