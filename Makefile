@@ -30,12 +30,14 @@ $(READY): requirements.lock pyproject.toml
 	      "$$(grep '^torch==' requirements.lock)"; fi
 	@$(BIN)/python -m pip install -q --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation --editable .
+	@# A reader need not be asked for news of Jupyter's, nor a server for updates.
+	@$(BIN)/python -m jupyter labextension disable --level=sys_prefix \
+	  @jupyterlab/apputils-extension:announcements 2>/dev/null
 	@touch $@
 
 lab: $(READY)  ## open JupyterLab on the first chapter
-	$(BIN)/python -m jupyterlab --ServerApp.ip=127.0.0.1 --LabApp.news_url= \
-	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
-	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LABFLAGS) $(FIRST)
+	$(BIN)/python -m jupyterlab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/$(FIRST) \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LABFLAGS)
 
 lint: $(READY)  ## check style and types
 	$(BIN)/python -m ruff check

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from minipar import World, cli, corpus, doctor, gpt
 from minipar.__main__ import main
 from minipar.model import Config
 
+ROOT = Path(__file__).parents[1]
 SMALL = "--depth 2 --width 32 --heads 4 --context 16 --rows 8 --microbatches 2 --steps 2"
 
 
@@ -64,6 +66,17 @@ def test_every_layout_and_launcher_trains_to_the_same_loss(capsys):
 def _loss(said: str) -> str:
     (line,) = re.findall(r"^Mesh\(.*\): loss (\S+ -> \S+) in 2 steps", said, re.M)
     return line
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path):
+    """But for the number of steps. As a script without a guard, which no rank imports again."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert "run(train, 20)" in example
+    script = tmp_path / "example.py"
+    script.write_text(example.replace("run(train, 20)", "run(train, 1)"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 6 < float(done.stdout) < 6.5, "the loss of a model that knows nothing is about ln 512"
 
 
 def test_the_check_sees_a_wrong_gradient(capsys):
