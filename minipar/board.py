@@ -27,7 +27,7 @@ ROW = TEXT * (1 + DEPTH)
 REGION = TEXT + ROWS * ROW
 # What the 8-byte words of a region's head mean, and those of a row's head. A text begins at the last one.
 MOVED, WAITING, BALANCE, CALL, SINCE, PLACE = range(6)
-KEY, COUNT, SIGNATURES, TITLE = 0, 1, 2, 2 + DEPTH
+KEY, COUNT, BASE, SIGNATURES, TITLE = 0, 1, 2, 3, 3 + DEPTH
 MASK = (1 << 64) - 1
 
 Splits = tuple[list[int], list[int]]  # elements that a rank sends to, and expects from, each rank of a group
@@ -36,6 +36,11 @@ Splits = tuple[list[int], list[int]]  # elements that a rank sends to, and expec
 def digest(*parts: object) -> int:
     """64 bits that are the same in every process, never 0."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") | 1
+
+
+def text_of(what: str, file: str, line: int) -> bytes:
+    """How a call is written."""
+    return b"%b\n%b\n%d\0" % (what.encode()[:300], file.encode()[-300:], line)
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,15 @@ def is_own(file: str) -> bool:
     return own
 
 
-def _place() -> bytes:
+def place() -> tuple[str, int]:
+    """The file and line of the caller's own source that led here."""
     frame = inner = sys._getframe(2)
     while not is_own(frame.f_code.co_filename):
         if frame.f_back is None:
             frame = inner
             break
         frame = frame.f_back
-    return b"%b\n%d" % (frame.f_code.co_filename.encode()[-300:], frame.f_lineno)
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 # -- the board -----------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ class Line:
     def __init__(self, kind: str, ranks: tuple[int, ...], me: int, name: object) -> None:
         self.kind, self.ranks, self.me = kind, ranks, me
         self.key = digest(kind, ranks, name)
-        self.count = self.base = 0  # calls ever, calls before this run
+        self.count = 0  # calls so far
         self.row = 0  # word where this rank's row begins, 0 before the first call
         self.peers = [[rank, 0] for rank in ranks if rank != me]  # with the word of their row, 0 while not known
         # One call by every rank of the line adds up to 0. Calls by some of them do not.
@@ -157,20 +163,21 @@ class Board:
     def begin(self) -> None:
         """A new run: calls are numbered from 1 again."""
         for line in self.lines.values():
-            line.base = line.count
+            if line.row:
+                self.words[line.row + BASE] = line.count
 
-    def enter(self, line: Line, signature: int, what: bytes, splits: Splits | None = None) -> None:
+    def enter(self, line: Line, signature: int, text: bytes, splits: Splits | None = None) -> None:
         """Write this rank's next call along a line and compare it with what the others wrote.
 
-        Raises MismatchError where another rank's call of the same number has another signature, or sends another
-        number of elements than this one expects.
+        text: as `text_of` gives it. Raises MismatchError where another rank's call of the same number has another
+        signature, or sends another number of elements than this one expects.
         """
         words, head, number = self.words, self.head, line.count
         row = line.row or self._open(line)
         slot = number % DEPTH
         at = row * 8 + TEXT * (1 + slot)
-        text = b"%b\n%b\n%d\n%a" % (what, _place(), number - line.base + 1, splits)
-        text = text[: TEXT - 1] + b"\0"
+        if splits:
+            text = (text[:-1] + b"\n%a" % (splits,))[: TEXT - 1] + b"\0"
         self.bytes[at : at + len(text)] = text
         words[row + SIGNATURES + slot] = signature
         line.count = words[row + COUNT] = number + 1
@@ -195,9 +202,9 @@ class Board:
         self.seconds[self.head + SINCE] = time.monotonic()
         self.words[self.head + WAITING] = 1
 
-    def wait_again(self, call: int) -> None:
-        """From now on this rank waits for an earlier call, where `call` is what `last` was then."""
-        text = b"%b\0" % _place()
+    def wait_again(self, call: int, where: tuple[str, int]) -> None:
+        """From now on this rank waits, at `where`, for an earlier call: `call` is what `last` was then."""
+        text = text_of("", *where)
         at = (self.head + PLACE) * 8
         self.bytes[at : at + len(text)] = text
         self.words[self.head + CALL] = call
@@ -251,8 +258,16 @@ class Board:
         return self.bytes[at : self.bytes.find(b"\0", at, at + TEXT)].decode(errors="replace")
 
     def _call(self, at: int) -> Call:
-        what, file, line, number, _ = self._text(at).split("\n")
-        return Call(what, file, int(line), int(number))
+        row, number = self._where(at)
+        what, file, line, *_ = self._text(at).split("\n")
+        return Call(what, file, int(line), number - self.words[row + BASE] + 1)
+
+    def _where(self, at: int) -> tuple[int, int]:
+        """The word of the row that the text of a call stands in, and the number of that call along its line."""
+        row = (at - (at % REGION - TEXT) % ROW) // 8
+        slot = (at - row * 8) // TEXT - 1
+        last = self.words[row + COUNT] - 1
+        return row, last - (last - slot) % DEPTH
 
     def _title(self, row: int) -> tuple[str, tuple[int, ...]]:
         kind, ranks = self._text((row + TITLE) * 8).split(" ", 1)
@@ -260,7 +275,7 @@ class Board:
 
     def _agree(self, line: Line, mine: Splits, peer: int, there: int) -> bool:
         try:
-            theirs = ast.literal_eval(self._text(there).rsplit("\n", 1)[1])
+            theirs = ast.literal_eval(self._text(there).split("\n")[3])
         except SyntaxError:  # too many ranks for the text
             return True
         me, you = line.ranks.index(line.me), line.ranks.index(peer)
@@ -268,19 +283,16 @@ class Board:
 
     def standing(self, rank: int) -> Standing | None:
         """What a rank waits in, or was in last. None if it never communicated."""
-        head, first = rank * REGION // 8, rank * REGION + TEXT
+        head = rank * REGION // 8
         at = self.words[head + CALL]
         if not at:
             return None
         call = self._call(at)
-        row = (at - (at - first) % ROW) // 8
-        slot = (at - row * 8) // TEXT - 1
-        last = self.words[row + COUNT] - 1
-        number = last - (last - slot) % DEPTH
+        row, number = self._where(at)
         kind, ranks = self._title(row)
-        place = self._text((head + PLACE) * 8)
-        if place:
-            file, line = place.split("\n")
+        where = self._text((head + PLACE) * 8)
+        if where:
+            _, file, line = where.split("\n")
             call = replace(call, file=file, line=int(line))
         missing = tuple(r for r in ranks if r != rank and self._count(r, self.words[row]) <= number)
         return Standing(call, kind, ranks, missing, bool(self.words[head + WAITING]), self.seconds[head + SINCE])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed import distributed_c10d as c10d
 
-from .board import Board, Line, Splits, digest
+from .board import Board, Line, Splits, digest, place, text_of
 
 SUM = ReduceOp.SUM
 
@@ -132,7 +132,7 @@ class Work:
 
     def wait(self, *timeout: timedelta) -> bool:
         """Wait until the call is done."""
-        self._board.wait_again(self._call)
+        self._board.wait_again(self._call, place())
         try:
             result = self._work.wait(*timeout)
         finally:
@@ -153,7 +153,7 @@ class Watch:
         self.board = board
         self.inside = threading.local()  # torch's functions call one another: the outermost is written
         self.texts: dict[Any, tuple[int, bytes]] = {}
-        self.groups: dict[Any, tuple[str, tuple[int, ...]]] = {}
+        self.lines: dict[Any, Line] = {}
         for name, describe in COLLECTIVES.items():
             if hasattr(c10d, name):
                 self._replace(name, self._collective(name, getattr(c10d, name), describe))
@@ -171,12 +171,10 @@ class Watch:
                 return real(*args, **kwargs)
             try:
                 group, at_once, tensor, size, detail, splits = describe(*args, **kwargs)
-                group_name, ranks = self._group(group)
+                line = self.lines.get(group) or self._line(group)
             except Exception:  # wrong arguments, or a group of others: torch knows best what to say
                 return real(*args, **kwargs)
-            signature, words = self._words(name, "", tensor, size, detail)
-            line = self.board.line("group", ranks, group_name)
-            self.board.enter(line, signature, words, splits)
+            self.board.enter(line, *self._text(name, "", tensor, size, detail, place()), splits)
             result = self._make(line, at_once, real, args, kwargs)
             return Work(result, self.board) if at_once else result
 
@@ -190,24 +188,21 @@ class Watch:
                 return real(*args, **kwargs)
             try:
                 tensor, group, tag, peer = describe(*args, **kwargs)
-                group_name, members = self._group(group)
+                line = self.lines.get((group, tag, peer, sends)) or self._line(group, tag, peer, sends)
             except Exception:
                 return real(*args, **kwargs)
-            me: Any = board.rank
             way = f"to rank {peer}" if sends else "from any rank" if peer is None else f"from rank {peer}"
-            ranks = (me,) if peer is None else (me, peer) if sends else (peer, me)
-            signature, words = self._words(name, way, tensor, tensor.numel(), ())
-            line = board.line("message", ranks, (group_name, tag))
-            board.enter(line, signature, words)
+            text = self._text(name, way, tensor, tensor.numel(), (), place())
+            board.enter(line, *text)
             result = self._make(line, at_once, real, args, kwargs)
             if peer is not None:
                 return Work(result, board) if at_once else result
 
             def received(source: int) -> None:  # only now is it known along which line it came
-                board.enter(board.line("message", (source, me), (group_name, tag)), signature, words)
+                board.enter(self._line(group, tag, source, False), *text)
 
             if at_once:
-                return Work(result, board, lambda work: received(members[work._source_rank()]))
+                return Work(result, board, lambda work: received(self._members(group)[work._source_rank()]))
             received(result)
             return result
 
@@ -227,17 +222,28 @@ class Watch:
             self.inside.a_call = False
             self.board.done()
 
-    def _group(self, group: Any) -> tuple[str, tuple[int, ...]]:
-        group = group or c10d.GroupMember.WORLD
-        known = self.groups.get(group)
-        if known is None:
-            known = self.groups[group] = group.group_name, tuple(dist.get_process_group_ranks(group))
-        return known
+    def _line(self, group: Any, *way: Any) -> Line:
+        """The line of a group's collectives, or of its messages: way is their tag, the other rank, whether to it."""
+        pg: Any = group or c10d.GroupMember.WORLD
+        me: Any = self.board.rank
+        if way:
+            tag, peer, sends = way
+            ranks = (me,) if peer is None else (me, peer) if sends else (peer, me)
+            line = self.lines[group, *way] = self.board.line("message", ranks, (pg.group_name, tag))
+        else:
+            line = self.lines[group] = self.board.line("group", self._members(pg), pg.group_name)
+        return line
 
-    def _words(self, name: str, way: str, tensor: Tensor | None, size: Any, detail: tuple) -> tuple[int, bytes]:
-        """The signature of a call, and the call in words."""
+    @staticmethod
+    def _members(group: Any) -> tuple[int, ...]:
+        return tuple(dist.get_process_group_ranks(group))
+
+    def _text(
+        self, name: str, way: str, tensor: Tensor | None, size: Any, detail: tuple[Any, ...], where: tuple[str, int]
+    ) -> tuple[int, bytes]:
+        """The signature of a call, and the call as it is written on the board."""
         content = (tensor.dtype, tensor.shape) if tensor is not None else ()
-        key = name, way, detail, content, size
+        key = name, way, detail, content, size, where
         known = self.texts.get(key)
         if known is None:
             words = f"{name} {way}".strip()
@@ -246,5 +252,5 @@ class Watch:
             if tensor is not None:
                 words += f" of {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
             must_agree = "message" if way else name, [_word(part) for part in detail], str(content[:1]), size
-            known = self.texts[key] = digest(must_agree), words[:400].encode()
+            known = self.texts[key] = digest(must_agree), text_of(words, *where)
         return known
