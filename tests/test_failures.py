@@ -328,7 +328,7 @@ def pieces(inputs: list[list[int]], outputs: list[list[int]]) -> None:
         (lambda: dist.all_reduce(torch.ones(4), [dist.ReduceOp.SUM, dist.ReduceOp.MAX][here().rank]), ["sum", "max"]),
         (lambda: dist.broadcast(torch.ones(4), here().rank), ["root 0", "root 1"]),
         (lambda: dist.all_gather([x := torch.ones(1 + here().rank), x.clone()], x), ["(1,)", "(2,)"]),
-        (lambda: dist.new_group([here().rank]), ["new_group((0,))", "new_group((1,))"]),
+        (lambda: bool(dist.new_group([here().rank])), ["new_group((0,))", "new_group((1,))"]),
         (
             lambda: message(torch.ones(6), torch.ones(5)),
             ["send to rank 1 of float32 (6,)", "recv from rank 0 of float32 (5,)"],
