@@ -173,8 +173,10 @@ def test_the_command_line_leads_from_a_failure_over_hints_to_the_solution(at, ca
     assert status == 1
     assert "todo  90.1    Double" in text and "fail  90.2    Mend" in text and "0 of 2 pass" in text
     assert "90.2 Mend\n  triple(2) is 5, not 6" in text
-    assert "Two times" in say("hint", "90.1")[1]
-    assert "hint 1 of 1" in say("hint", "90.1")[1]  # stays at the last one
+    assert "hint 1 of 2\n\nTwo times." in say("hint", "90.1")[1]
+    assert "hint 2 of 2\n\nUse `two * x`." in say("hint", "90.1")[1]
+    assert "hint 2 of 2" in say("hint", "90.1")[1]  # stays at the last one
+    assert "hint 1 of 2" in say("hint", "90.1", "--all")[1]
     status, text = say("solution", "90.1")
     assert status == 1 and "two * x" not in text
     assert "two * x" in say("solution", "90.1", "--reveal")[1]

@@ -39,6 +39,9 @@ two = 2
 # %% [markdown] lang="en" hint="90.1"
 # Two times.
 
+# %% [markdown] lang="en" hint="90.1"
+# Use `two * x`.
+
 # %% task="90.1" title="Double"
 def double(x):
     ### BEGIN SOLUTION
