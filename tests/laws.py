@@ -89,27 +89,34 @@ def alone(model: nn.Module, inputs: Any, targets: Any, loss: Callable[..., Tenso
     return Answer(value.item(), gradients, {name: p.detach().clone() for name, p in model.named_parameters()})
 
 
-def laid_out(parallel: Any, inputs: Any, targets: Any = None, **options: Any) -> Answer:
-    """The same step over the mesh."""
+def laid_out(parallel: Any, inputs: Any, targets: Any = None, whole: bool = True, **options: Any) -> Answer:
+    """The same step over the mesh. whole: gradients put together, by communication; else this rank's own shares."""
     loss = parallel.step(inputs, targets, **options)
-    gradients = parallel.full_gradients()
+    gradients = parallel.full_gradients() if whole else own_gradients(parallel)
     torch.optim.SGD(parallel.parameters(), LEARNING_RATE).step()
     return Answer(loss.item(), gradients, {name: p.detach().clone() for name, p in parallel.named_parameters()})
 
 
-def broken_laws(parallel: Any, got: Answer, wanted: Answer, before: dict[str, Tensor]) -> dict[str, str]:
+def own_gradients(parallel: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in parallel.named_parameters() if p.requires_grad}
+
+
+def broken_laws(
+    parallel: Any, got: Answer, wanted: Answer, before: dict[str, Tensor], whole: bool = True
+) -> dict[str, str]:
     """Law -> what is wrong with it; empty if all is well. before: the weights of the model that was laid out."""
     problems = {}
     if not abs(got.loss - wanted.loss) <= 1e-12 * abs(wanted.loss):
         problems["loss"] = f"{got.loss!r} for {wanted.loss!r}"
-    if wrong := differences(got.gradients, wanted.gradients):
+    gradients, largest = wanted.gradients, max(g.abs().max().item() for g in wanted.gradients.values())
+    if not whole:
+        gradients = {name: share(parallel, name, gradients[name]) for name in own_gradients(parallel)}
+    if wrong := differences(got.gradients, gradients, largest=largest):
         problems["gradients"] = wrong
     # This rank's own weights. They are rounded, so a small change of a large weight is not exact: take those that move.
-    own = {name: wanted.after[name] - before[name] for name in got.after}
-    moved = {name: got.after[name] - share(parallel, name, before[name]) for name in got.after}
-    largest = max((after - before[name]).abs().max().item() for name, after in wanted.after.items())
-    own = {name: share(parallel, name, change) for name, change in own.items()}
-    if wrong := differences(moved, own, smallest=1e-4, largest=largest):
+    moved = {name: after - share(parallel, name, before[name]) for name, after in got.after.items()}
+    should = {name: share(parallel, name, wanted.after[name] - before[name]) for name in got.after}
+    if wrong := differences(moved, should, smallest=1e-4, largest=LEARNING_RATE * largest):
         problems["step"] = wrong
     return problems
 
