@@ -142,6 +142,14 @@ def run(notebook: NotebookNode, folder: Path) -> None:
     except CellExecutionError as error:
         raise BuildError(str(error)) from None
     notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
+    _drop_live_widgets(notebook)
+
+
+def _drop_live_widgets(notebook: NotebookNode) -> None:
+    """Take out what needs the kernel that has just ended; the static version stands beside it in the same output."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
 
 
 def reuse(notebook: NotebookNode, target: Path) -> bool:
@@ -154,6 +162,7 @@ def reuse(notebook: NotebookNode, target: Path) -> bool:
         return False
     for before, cell in zip(old, new, strict=True):
         cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    _drop_live_widgets(notebook)
     return True
 
 
