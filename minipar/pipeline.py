@@ -55,11 +55,10 @@ class Stages:
     """
 
     def __init__(self, model: nn.Module, count: int, mine: set[int]):
-        name, blocks = find_blocks(model)
-        if len(blocks) < count:
-            raise ValueError(
-                f"pp={count} stages need {count} blocks or more, but {name} has {len(blocks)}: use pp <= {len(blocks)}"
-            )
+        whole = "", nn.ModuleList()  # one stage needs no cut, so any model will do
+        name, blocks = find_blocks(model, count) if count > 1 else whole
+        if count > 1 and len(set(blocks)) < len(blocks):
+            raise ValueError(f"{name} has one block several times: a pipeline needs {len(blocks)} blocks of their own")
         self.model, self.window, self.cuts = model, Window(), bounds(len(blocks), count)
         self.home = home = self._home_of_names(f"{name}.")
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
@@ -100,8 +99,9 @@ class Stages:
         return home
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The model's list of blocks, and its name: the one ModuleList that is not inside of another."""
+def find_blocks(model: nn.Module, stages: int) -> tuple[str, nn.ModuleList]:
+    """The model's list of blocks, and its name: the one ModuleList that is not inside of another. ValueError where
+    that leaves a doubt, or where there are fewer blocks than stages."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -112,7 +112,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(
             f"a pipeline needs a model with one list of blocks (nn.ModuleList); {type(model).__name__} has {what}"
         )
-    return found.popitem()
+    name, blocks = found.popitem()
+    if len(blocks) < stages:
+        raise ValueError(
+            f"pp={stages} stages need {stages} blocks or more, but {name} has {len(blocks)}: use pp <= {len(blocks)}"
+        )
+    return name, blocks
 
 
 def _ask_window(block: nn.Module, place: int, window: Window) -> None:

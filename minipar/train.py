@@ -95,7 +95,7 @@ class Parallel:
             key: x for key, x in self.module.state_dict().items() if self.state_names[key] not in self.shapes
         }
         self.streams = tensor.Streams(default_generator(self.device))
-        self.region = tensor.Region(self.tp, sequence_parallel, self.streams)
+        self.region = tensor.Region(self.tp, sequence_parallel and self.tp.size > 1, self.streams)
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
@@ -200,14 +200,15 @@ class Parallel:
                 gradient.copy_(total.view_as(gradient))
 
     def _sum_tied(self) -> None:
-        """A parameter of two stages on two ranks: both get the sum, so that both stay equal."""
+        """A parameter of several stages: each gets the sum, added in one order, so that all copies stay equal."""
         for name, parameter in self.here.items():
-            for other in sorted({self.owner[s] for s in self.homes[name]} - {self.pp.index}):
-                if name in self.trained and parameter.grad is not None:
-                    sending = isend(parameter.grad, self.pp, other)
-                    arrived = irecv(parameter.grad, self.pp, other).wait()
-                    sending.wait()
-                    parameter.grad += arrived
+            ranks = sorted({self.owner[s] for s in self.homes[name]})
+            if len(ranks) > 1 and name in self.trained and (mine := parameter.grad) is not None:
+                sending = [isend(mine, self.pp, other) for other in ranks if other != self.pp.index]
+                parts = [mine if r == self.pp.index else irecv(mine, self.pp, r).wait() for r in ranks]
+                for pending in sending:
+                    pending.wait()
+                mine.copy_(torch.stack(parts).sum(0))
 
     # -- randomness -----------------------------------------------------------------------------------------------
 
@@ -370,6 +371,8 @@ class Parallel:
 
     def timeline(self) -> Timeline:
         """The last step's spans of every rank, on one clock, from its first start. A collective."""
+        if not self.executor.spans:
+            raise ValueError("there is no timeline before the first step")
         return collect([Span(here().rank, *span) for span in self.executor.spans])
 
 
@@ -404,6 +407,8 @@ def _first_name(model: nn.Module, key: str) -> str:
 
 
 def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str, str]:
+    if given is None and tp.size == 1:
+        return {}  # one rank cuts nothing: the model's layers are as fast as they were
     plan = getattr(model, "tp_plan", None) if given is None else given
     if not plan and tp.size > 1:
         raise ValueError(
