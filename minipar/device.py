@@ -11,13 +11,11 @@ def pick(device: str | None, local_rank: int = 0, local_ranks: int = 1) -> tuple
     where ranks share a GPU (nccl refuses that), else nccl for GPU tensors and gloo for the others.
     Raises ValueError for a device that is not one of these or not there.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        device = "cuda" if gpus >= local_ranks else "cpu"
-    if device in (None, "cpu"):
-        return torch.device("cpu"), "gloo"
-    if device != "cuda":
+    if device not in (None, "cpu", "cuda", "auto"):
         raise ValueError(f"device={device!r}: it can be None, 'cpu', 'cuda' or 'auto'")
+    gpus = torch.cuda.device_count() if device in ("cuda", "auto") else 0  # to ask wakes the driver
+    if device in (None, "cpu") or device == "auto" and gpus < local_ranks:
+        return torch.device("cpu"), "gloo"
     if not gpus:
         raise ValueError("device='cuda': torch sees no CUDA GPU here; leave device out to use the CPU")
     mine = torch.device("cuda", local_rank % gpus)

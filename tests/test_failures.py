@@ -77,6 +77,16 @@ def test_what_would_end_a_program_is_an_error_like_others(world2: World, end: Ca
     assert says in str(failed(world2, lambda: end() if here().rank else None))
 
 
+def test_the_rank_that_failed_first_is_to_blame(world2: World) -> None:
+    def fail() -> None:
+        time.sleep(0.3 * (1 - here().rank))
+        raise ValueError(f"of rank {here().rank}")
+
+    error = failed(world2, fail)
+    assert error.rank == 1 and str(error).startswith("rank 1 raised ValueError: of rank 1")
+    assert "rank 0 raised ValueError: of rank 0" in str(error)
+
+
 def test_an_exception_that_cannot_travel_is_reported_all_the_same(world2: World) -> None:
     class Local(Exception):
         def __init__(self) -> None:
@@ -257,6 +267,7 @@ def test_a_dead_rank_is_named_with_its_end_and_its_place(world4: World, end: Cal
     first, others = str(caught.value).split("The others:")
     assert first.startswith(f"rank 1 {says}") and caught.value.rank == 1
     assert re.search(r"line \d+ of .*test_failures.py", first)
+    assert ("---> " in first) == ("SIGSEGV" in says), "Python leaves a stack when it crashes itself"
     assert "onnection closed" not in others and "onnection reset" not in others and "rank 3" in others
 
 
