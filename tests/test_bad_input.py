@@ -30,6 +30,12 @@ class TwoLists(nn.Module):
         self.encoder, self.decoder = (nn.ModuleList([nn.Linear(2, 2)]) for _ in range(2))
 
 
+class SameBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2)] * 2)
+
+
 def stuck(stages, microbatches):
     """Complete, but each rank waits for the other."""
     f, b = ([[Action(op, s, m) for m in (0, 1)] for s in (0, 1)] for op in (Op.F, Op.B))
@@ -97,6 +103,12 @@ REFUSED = {
     ),
     "two lists of blocks": (lambda: lay_out(TwoLists(), Mesh(pp=2)), ValueError, ["one list", "2: encoder, decoder"]),
     "no list of blocks": (lambda: lay_out(nn.Linear(2, 2), Mesh(pp=2)), ValueError, ["one list", "Linear has none"]),
+    "a block that is used twice": (
+        lambda: lay_out(SameBlock(), Mesh(pp=2)),
+        ValueError,
+        ["blocks has one block several times", "2 blocks of their own"],
+    ),
+    "a timeline of nothing": (lambda: lay_out().timeline(), ValueError, ["before the first step"]),
     "a schedule that leaves something out": (
         lambda: lay_out(mesh=Mesh(pp=2), schedule=lambda p, m: [program[:-1] for program in gpipe(p, m)]),
         ValueError,

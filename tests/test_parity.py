@@ -286,3 +286,51 @@ def test_training_goes_on_as_in_one_process(world4):
             assert got == pytest.approx(losses, rel=1e-10)
             # AdamW divides by the root of squared gradients: where those are near nothing, rounding is not.
             assert max((state[name] - x).abs().max().item() for name, x in weights.items()) < 1e-6
+
+
+class Sharing(nn.Module):
+    """A block with weights of its own and some that all blocks share."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.own, self.shared = nn.Linear(8, 8), shared
+
+    def forward(self, x):
+        return x + torch.tanh(self.shared(self.own(x)))
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(8, 8)
+        self.embed = nn.Embedding(19, 8)
+        self.blocks = nn.ModuleList(Sharing(shared) for _ in range(4))
+        self.head = nn.Linear(8, 19)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def sharing():
+    torch.manual_seed(0)
+    return stirred(Shared().double())
+
+
+def test_a_weight_that_all_blocks_share_gets_the_sum_of_their_gradients(world4):
+    assert problems(world4, DEEP, sharing, *batch_of(TINY, 11, 7)) == []
+
+
+def test_copies_of_a_shared_weight_stay_equal(world4):
+    def train():
+        parallel = parallelize(sharing(), Mesh(pp=4), microbatches=2)
+        optimizer = torch.optim.Adam(parallel.parameters(), 0.1)
+        for _ in range(3):
+            parallel.step(*batch_of(TINY, 11, 7))
+            optimizer.step()
+        return dict(parallel.named_parameters())["blocks.0.shared.weight"].detach()
+
+    first, *others = world4.run(train)
+    assert all(other.equal(first) for other in others)
