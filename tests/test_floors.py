@@ -30,7 +30,7 @@ BESIDE = {  # on no floor: what each may import
     "magic": {"rank", "world"},
     "doctor": {"rank", "world"},
     "cli": ENGINE | {"corpus"},
-    "course": set(),
+    "course": {"world"},
     "__main__": {"cli", "doctor", "course"},
     "__init__": ENGINE | {"magic"},
 }

@@ -78,10 +78,11 @@ def _explain(ranks: Sequence[Tensors], whole: Tensors, name: str, rank: int, wha
     if not got.any():
         return "is zero everywhere."
     factors = [_factor(mine[name], wanted) for mine in ranks]
-    if factors[rank] is not None and factors.count(factors[rank]) == len(ranks):
-        return f"is {factors[rank]:.4g} times that of one process, on every rank" + _counts(factors[rank], len(ranks))
-    if factors[rank] is not None:
-        return f"is {factors[rank]:.4g} times that of one process, and other ranks have another factor."
+    factor = factors[rank]
+    if factor is not None and factors.count(factor) == len(ranks):
+        return f"is {factor:.4g} times that of one process, on every rank" + _counts(factor, len(ranks))
+    if factor is not None:
+        return f"is {factor:.4g} times that of one process, and other ranks have another factor."
     if any(float((mine[name] - got).abs().max()) > 0 for mine in ranks):
         return f"is not what the other ranks have: was this {what} reduced over the axis?"
     off = float((got - wanted).abs().max() / wanted.abs().max())
