@@ -485,7 +485,7 @@ viz.show(viz.draw_tensors(states, hue=lambda value: int(str(value)[0]) - 1))
 # The last picture equals the third. **An all-reduce is a reduce-scatter followed by an all-gather**, whatever
 # algorithm carries them out. Remember this: between the two halves, each rank holds a finished 1/n of the sum. A rank
 # that does its work *there*, on 1/n of the numbers, before the all-gather, saves memory and sends nothing more. That
-# is the idea behind ZeRO and FSDP, and you will meet it in chapter 3a.
+# is the idea behind ZeRO and FSDP.
 #
 # | collective | a rank brings | a rank gets | a rank sends |
 # |---|---|---|---|
