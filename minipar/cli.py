@@ -111,9 +111,8 @@ def train(options: argparse.Namespace) -> int:
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             bar = threading.Thread(target=_show_progress, args=(listener, options.steps), daemon=True)
             bar.start()
-            answers = main(
-                _train, mesh, config, settings, (listener.address, key), ranks=mesh.size, device=options.device
-            )
+            seats = {"ranks": mesh.size, "device": options.device, "seed": options.seed}
+            answers = main(_train, mesh, config, settings, (listener.address, key), **seats)
             if here().rank:  # under torchrun; rank 0 tells
                 return 0
             if isinstance(answers[0], ValueError):
@@ -172,7 +171,6 @@ def _tell(mesh: Mesh, report: Report) -> int:
 def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -> Report | ValueError | None:
     """On every rank: train. Rank 0 tells how it goes, the others answer nothing; all answer what does not fit."""
     options = argparse.Namespace(**settings)
-    torch.manual_seed(options.seed)
     alone = gpt(config).to(here().device, torch.float64 if options.check else torch.float32)
     try:
         model = parallelize(

@@ -51,8 +51,10 @@ def test_the_trace_is_one_that_perfetto_opens(hybrid):
 
 def test_every_layout_and_launcher_trains_to_the_same_loss(capsys):
     def loss(arguments: str) -> str:
-        assert main(["train", *SMALL.split(), *arguments.split()]) == 0
-        return _loss(capsys.readouterr().out)
+        code = main(["train", *SMALL.split(), *arguments.split()])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return _loss(out)
 
     alone = loss("")
     assert loss("--dp 2 --pp 2 --schedule gpipe") == alone
