@@ -14,7 +14,7 @@ def pick(device: str | None, local_rank: int = 0, local_ranks: int = 1) -> tuple
     if device not in (None, "cpu", "cuda", "auto"):
         raise ValueError(f"device={device!r}: it can be None, 'cpu', 'cuda' or 'auto'")
     gpus = torch.cuda.device_count() if device in ("cuda", "auto") else 0  # to ask wakes the driver
-    if device in (None, "cpu") or device == "auto" and gpus < local_ranks:
+    if device in (None, "cpu") or (device == "auto" and gpus < local_ranks):
         return torch.device("cpu"), "gloo"
     if not gpus:
         raise ValueError("device='cuda': torch sees no CUDA GPU here; leave device out to use the CPU")

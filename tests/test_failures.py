@@ -171,11 +171,11 @@ def test_a_deadlock_names_the_rank_that_never_came(world4: World, impatient: Non
 def test_a_deadlock_names_the_message_that_was_never_sent(world2: World, impatient: None) -> None:
     def lonely() -> None:
         if here().rank:
-            work = dist.irecv(torch.ones(2), 0)
-            work.wait()  # the line
+            first, _ = dist.irecv(torch.ones(2), 0), dist.irecv(torch.ones(3), 0)
+            first.wait()  # the line
 
     text = str(failed(world2, lonely))
-    assert re.search(r"rank 1 waits for rank 0 in irecv from rank 0 .*# the line", text)
+    assert re.search(r"rank 1 waits for rank 0 in irecv from rank 0 of float32 \(2,\), .*# the line", text)
     assert "rank 0 returned without sending message number 1 to rank 1" in text
 
 
