@@ -433,7 +433,8 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
     ax.tick_params(axis="y", length=0)
     ax.set_title(title, fontsize=10, loc="left")
     used = [op for op in COLORS if any(s.action.op == op for s in timeline.spans)]
-    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used] + [Patch(fc=PALE, ec=LINE, lw=0.5, label="idle")]
+    handles = [Patch(fc=COLORS[op], ec=INK, lw=0.5, label=NAMES[op]) for op in used]
+    handles.append(Patch(fc=PALE, ec=LINE, lw=0.5, label="idle"))
     if any(s.action.op not in COLORS and s.end > s.start for s in timeline.spans):
         handles.append(Patch(fc=LINE, label="communication"))
     ax.legend(
