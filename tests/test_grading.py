@@ -16,6 +16,8 @@ from test_notebooks import EXERCISE, ROOT
 from minipar.__main__ import main
 from minipar.course import build
 from minipar.course.grade import Verdict, grade
+from minipar.course.kernel import LAUNCH
+from minipar.crew import PRELOAD
 
 NAMES = [path.stem for path in sorted((ROOT / "solutions").glob("*.ipynb"))]
 
@@ -152,6 +154,10 @@ def test_an_answer_is_found_by_its_id_and_a_missing_one_is_named(small, tmp_path
     first, second = learner(small, tmp_path, edit)
     assert first.outcome == "pass"
     assert second.outcome == "fail" and "(id task-90-2) is no longer in the notebook" in second.reason
+
+
+def test_the_kernel_has_the_same_preloaded_for_ranks_as_a_world():
+    assert f"set_forkserver_preload({PRELOAD})" in LAUNCH
 
 
 @pytest.fixture

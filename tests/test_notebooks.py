@@ -188,6 +188,16 @@ def test_what_readers_should_not_meet_is_refused(source, output, says):
     assert len(found) == 1 and says in found[0]
 
 
+def test_live_widgets_are_taken_out_and_their_static_version_stays(tmp_path):
+    root = course(tmp_path)
+    both = '{"text/html": "static", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}'
+    show = f"from IPython.display import display\n\ndisplay({both}, raw=True)\n"
+    (root / "chapters/src/90_small.py").write_text(f"# %%\n{show}")
+    build.build(root, "chapters")
+    (cell,) = cells(root / "chapters/90_small.ipynb").values()
+    assert [output.data for output in cell.outputs] == [{"text/html": "static"}]
+
+
 def test_described_images_and_expected_errors_are_fine():
     described = nbformat.v4.new_output("display_data", data=PNG, metadata={"image/png": {"alt": "a ring"}})
     error = nbformat.v4.new_output("error", ename="RankError", evalue="rank 1 waits")

@@ -19,7 +19,7 @@ LAUNCH = """\
 import sys
 from multiprocessing import forkserver
 if sys.platform == "linux":
-    forkserver.set_forkserver_preload(['torch._dynamo', 'minipar.rank'])
+    forkserver.set_forkserver_preload(['torch._dynamo', 'minipar.rank', 'minipar.train'])
     forkserver.ensure_running()
 import minipar.course, torch
 from ipykernel.kernelapp import launch_new_instance
