@@ -372,6 +372,30 @@ def test_a_bucket_is_an_all_reduce(world2):
         assert (calls, during, sent) == (1, 1, 660 * 4)
 
 
+@pytest.mark.parametrize("bucket", [1, 600, 10**6])
+def test_each_bucket_holds_its_own_sum_and_bears_a_parameter_without_gradient(world2, bucket):
+    def differences():
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(*(torch.nn.Linear(10, 10) for _ in range(6))).double()
+        unused = torch.nn.Linear(10, 10).double()
+        axis = connect(Mesh(dp=2))["dp"]
+        gradients = Gradients([*unused.parameters(), *layers.parameters()], axis, bucket)
+        rows = torch.randn(6, 10, dtype=torch.float64)
+        for _ in range(2):  # the second step must not see the first one's
+            gradients.attach()
+            for last, part in enumerate(rows[axis.index :: 2].tensor_split(2)):  # two microbatches
+                if last:
+                    gradients.arm()
+                layers(part).square().sum().backward()
+            gradients.finish()
+        whole = torch.autograd.grad(layers(rows).square().sum(), list(layers.parameters()))
+        apart = [(p.grad - g).abs().max().item() for p, g in zip(layers.parameters(), whole, strict=True)]
+        return max(apart), [p.grad.abs().max().item() for p in unused.parameters()]
+
+    for apart, nothing in world2.run(differences):
+        assert apart < 1e-12 and nothing == [0, 0]
+
+
 def test_buckets_leave_while_backward_still_runs(world2):
     def moments():
         model = gpt(Config(depth=4, width=256))  # more than three buckets
