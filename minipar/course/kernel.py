@@ -14,7 +14,8 @@ from nbval.kernel import RunningKernel
 from .tasks import CourseError
 
 # What the kernel does before it listens: the process that ranks are forked from starts (with what `minipar.crew` has
-# it load), and imports torch while the kernel does; one after the other they take twice as long.
+# it load), and imports torch while the kernel does; one after the other they take twice as long. The kernel's own
+# tensors are small, and a second thread would take a core from the ranks.
 LAUNCH = """\
 import sys
 from multiprocessing import forkserver
@@ -22,6 +23,7 @@ if sys.platform == "linux":
     forkserver.set_forkserver_preload(['torch._dynamo', 'minipar.rank', 'minipar.train'])
     forkserver.ensure_running()
 import minipar.course, torch
+torch.set_num_threads(1)
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()
 """
