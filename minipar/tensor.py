@@ -176,13 +176,17 @@ def embedding_rowwise(layer: nn.Embedding, region: Region, entrance: Entrance) -
     """Cut the vocabulary: each rank looks up the ids it has, the others give zeros, and the parts are summed."""
     edges = bounds(layer.num_embeddings, region.axis.size)
     first, end = edges[region.axis.index], edges[region.axis.index + 1]
+    if layer.max_norm is not None or layer.scale_grad_by_freq:
+        raise ValueError("an embedding with max_norm or scale_grad_by_freq cannot be cut: leave it out of the plan")
     cut(layer, "weight", 0, region.axis)
+    padding = None if layer.padding_idx is None or not first <= layer.padding_idx < end else layer.padding_idx - first
 
     def forward(ids: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
         here = (ids >= first) & (ids < end)
         elsewhere = ~here & (ids >= 0) & (ids < layer.num_embeddings)  # an id that is nowhere stays, and raises
-        rows = F.embedding((ids - first).masked_fill(elsewhere, 0), layer.weight)
-        return leave(rows * here.unsqueeze(-1), region.axis)
+        local = (ids - first).masked_fill(elsewhere, 0)
+        rows = F.embedding(local, layer.weight, padding) * here.unsqueeze(-1)
+        return leave(rows, region.axis)
 
     layer.forward = forward
 
@@ -251,6 +255,7 @@ def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
             "style sequence_split, and sequence_parallel for the norms between"
         )
     entrances: dict[str, Entrance] = {}
+    *_, last = layers
     for name, pattern in layers.items():
         if pattern in plan:
             parent, layer = name.rpartition(".")[0], model.get_submodule(name)
@@ -259,7 +264,7 @@ def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
                 model.get_submodule(parent).register_forward_hook(entrances[parent].forget, always_call=True)
             _check_heads(parent, model.get_submodule(parent), layer, plan[pattern], region.axis)
             head = STYLES[plan[pattern]](layer, region, entrances[parent])
-            if head and "*" not in pattern:
+            if head and name == last:  # a gather anywhere else is an ordinary one
                 region.heads.append(head)
 
 
@@ -303,9 +308,7 @@ class _VocabularyParallel(torch.autograd.Function):
         shares = (logits - top[:, None]).exp_()
         here = (targets >= first) & (targets < first + logits.size(-1))
         counts = targets != IGNORED
-        elsewhere = ~counts | ~here & (targets >= 0) & (
-            targets < vocabulary
-        )  # one that is nowhere raises
+        elsewhere = ~counts | ~here & (targets >= 0) & (targets < vocabulary)  # one that is nowhere raises
         place = (targets - first).masked_fill(elsewhere, 0)[:, None]
         target_logit = (logits.gather(-1, place).squeeze(-1) - top) * here
         total, target_logit = all_reduce(torch.stack([shares.sum(-1), target_logit]), axis)

@@ -24,11 +24,12 @@ SIZES = dict(
 def double(make):
     """A random model, made in float64, for training, in which nothing is dropped."""
     torch.manual_seed(0)
+    usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         return stirred(make().double()).train()
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(usual)
 
 
 def bert():

@@ -334,3 +334,54 @@ def test_copies_of_a_shared_weight_stay_equal(world4):
 
     first, *others = world4.run(train)
     assert all(other.equal(first) for other in others)
+
+
+class NoBlocks(nn.Module):
+    """Two lists of blocks: it cannot be cut into stages, and need not be."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(19, 8), nn.Linear(8, 19)
+        self.up, self.down = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.tanh(up(x)))
+        return self.head(x)
+
+
+def without_blocks():
+    torch.manual_seed(0)
+    return stirred(NoBlocks().double())
+
+
+def test_a_model_of_any_shape_is_laid_out_over_data_and_tensor_ranks(world4):
+    plan = {"embed": "embedding_rowwise", "head": "colwise_gather_output"}
+    layouts = [{"mesh": Mesh(dp=4), "microbatches": 2}, {"mesh": Mesh(dp=2, tp=2), "plan": plan}]
+    assert problems(world4, layouts, without_blocks, *batch_of(TINY, 11, 7)) == []
+
+
+def test_a_plan_may_cut_layers_that_stand_alone(world4):
+    """Inputs that are whole are split, and a layer inside a cut region adds up its gradients."""
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.first, self.second = nn.Embedding(19, 8), nn.Linear(8, 12), nn.Linear(12, 19)
+
+        def forward(self, ids):
+            return self.second(torch.tanh(self.first(self.embed(ids))))
+
+    def make():
+        torch.manual_seed(0)
+        return stirred(Alone().double())
+
+    layouts = [{"mesh": Mesh(tp=4)}, {"mesh": Mesh(dp=2, tp=2), "microbatches": 2}]
+    for plan in (
+        {"second": "rowwise_split_input"},
+        {"first": "colwise_gather_output", "second": "rowwise_split_input"},
+        {"first": "colwise", "second": "rowwise"},
+        {"first": "colwise_gather_output", "second": "colwise_gather_output", "embed": "embedding_rowwise"},
+    ):
+        assert problems(world4, layouts, make, *batch_of(TINY, 11, 7), plan=plan) == [], plan
