@@ -62,9 +62,7 @@ def batches(steps: int, rows: int, context: int, seed: int = 0) -> Iterator[tupl
     """
     data = tokens()
     if not 0 < context < len(data):
-        raise ValueError(
-            f"context={context} does not fit: the corpus has {len(data)} tokens, so 1 to {len(data) - 1}"
-        )
+        raise ValueError(f"context={context} does not fit: the corpus has {len(data)} tokens, so 1 to {len(data) - 1}")
     if rows < 1:
         raise ValueError(f"rows={rows} does not fit: a batch has at least one row")
     generator = torch.Generator().manual_seed(seed)

@@ -135,6 +135,7 @@ class Parallel:
             total.add_(torch.stack([loss.detach().double(), torch.as_tensor(count, device=self.device).double()]))
             return loss / guess
 
+        self._check_layers()
         for some in self._all_gradients():
             some.attach()
         self._gather_heads(self.loss is self.given_loss)
@@ -173,6 +174,20 @@ class Parallel:
             raise ValueError(f"{size} rows are too few for {what}: give at least {parts} rows, or fewer microbatches")
         mine = batch if local else data.rows(batch, self.dp.size)[self.dp.index]
         return data.rows(mine, self.microbatches)
+
+    def _check_layers(self) -> None:
+        """Refuse what would be wrong without a word: statistics of a part of the batch, parameters frozen too late."""
+        for name, parameter in self.here.items():
+            if parameter.requires_grad != (name in self.trained):
+                now = "trained" if parameter.requires_grad else "frozen"
+                raise ValueError(f"{name} is {now} since parallelize: set requires_grad before it, and call it again")
+        if self.dp.size * self.microbatches > 1:
+            for name, layer in self.module.named_modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+                    raise ValueError(
+                        f"{name} ({type(layer).__name__}) takes its statistics from the whole batch, and each rank and "
+                        "microbatch has only a part of it: use LayerNorm or GroupNorm, or put it into eval()"
+                    )
 
     def _all_gradients(self) -> Iterator[data.Gradients]:
         for some in self.gradients.values():

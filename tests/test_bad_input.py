@@ -43,7 +43,28 @@ def stuck(stages, microbatches):
 
 
 # attempt -> the error, and what a reader must find in its message: the value, and what would fit
+def frozen_late():
+    parallel = lay_out()
+    next(parallel.parameters()).requires_grad_(False)
+    parallel.step(torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(x))
+
+
 REFUSED = {
+    "a parameter frozen after parallelize": (frozen_late, ValueError, ["embed.token.weight is frozen since", "again"]),
+    "batch statistics of a part": (
+        lambda: lay_out(Normed()).step(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)),
+        ValueError,
+        ["norm (BatchNorm1d)", "whole batch", "LayerNorm"],
+    ),
     "a mesh of another size": (
         lambda: lay_out(mesh=Mesh(dp=2, tp=2)),
         ValueError,

@@ -246,6 +246,12 @@ def test_simulation_is_linear_in_the_actions():
     assert best[1024] < 8 * best[128] * 2, f"seconds by microbatches: {best}"
 
 
+def test_activations_and_gradients_may_take_different_times_to_travel():
+    costs = Costs(communication=lambda action: {Op.SEND_ACTIVATION: 1.0, Op.SEND_GRADIENT: 5.0}[action.op])
+    starts = {(span.rank, str(span.action)): span.start for span in simulate(gpipe(2, 1), costs).spans}
+    assert starts == {(0, "F0"): 0, (1, "F0"): 2, (1, "B0"): 3, (0, "B0"): 10}
+
+
 # The executor holds what the schedule says.
 
 
@@ -258,7 +264,7 @@ def test_a_rank_holds_as_many_microbatches_as_the_formula_says(world4, schedule,
 
 
 def most_held(schedule, microbatches):
-    """The largest number of microbatches whose outputs a rank's executor held during a step."""
+    """The largest number of microbatches whose inputs or outputs a rank's executor held during a step."""
     tokens = torch.arange(64).view(8, 8)
     parallel = parallelize(
         gpt(Config(vocab=64, width=8, heads=2)), Mesh(pp=4), schedule=schedule, microbatches=microbatches
@@ -270,11 +276,12 @@ def most_held(schedule, microbatches):
         def action(self, action):
             nonlocal most
             do[op](self, action)
-            most = max(most, len(self.outputs))
+            most = max(most, len(self.outputs), sum(state is not None for state in self.states.values()))
 
         return action
 
     executor.DO = {op: counting(op) for op in do}
     parallel.step(tokens, tokens)
     assert not executor.outputs and not executor.gradients and not executor.posted
+    assert not any(state is not None for state in executor.states.values())
     return most
