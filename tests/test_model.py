@@ -274,3 +274,28 @@ def test_one_rank_is_a_mesh_like_any_other():
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert differences(parallel.full_gradients(), {name: p.grad for name, p in model.named_parameters()}) == ""
+
+
+class Padded(nn.Module):
+    """An embedding whose padding row gets no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 8, padding_idx=5), nn.Linear(8, 9)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_the_padding_row_of_a_cut_embedding_gets_no_gradient(world2):
+    ids = torch.arange(9).repeat(4, 2)
+
+    def gradients(mesh):
+        torch.manual_seed(0)
+        parallel = parallelize(Padded().double(), mesh, plan={"embed": "embedding_rowwise"})
+        parallel.step(ids, ids)
+        return parallel.full_gradients()["embed.weight"]
+
+    whole, *_ = world2.run(gradients, Mesh(dp=2))
+    for cut in world2.run(gradients, Mesh(tp=2)):
+        assert not whole[5].any() and (cut - whole).abs().max() < 1e-15
