@@ -108,6 +108,7 @@ class Parallel:
         self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
         self.executor = Executor(self.stages, self.pp, self.owner, self.device, self._seed, self._reduce)
         self.seed, self.steps = torch.initial_seed(), 0
+        self.spans: list = []  # of the last step
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class Parallel:
                 some.flat.mul_(guess / count.item())
         self._sum_partial()
         self._sum_tied()
-        self.steps += 1
+        self.steps, self.spans = self.steps + 1, self.executor.spans
         return (loss / count).to(next(iter(self.everything.values())).dtype)
 
     def _with_targets(self, inputs: Batch, targets: Any) -> tuple[Batch, Any]:
@@ -386,9 +387,9 @@ class Parallel:
 
     def timeline(self) -> Timeline:
         """The last step's spans of every rank, on one clock, from its first start. A collective."""
-        if not self.executor.spans:
+        if not self.spans:
             raise ValueError("there is no timeline before the first step")
-        return collect([Span(here().rank, *span) for span in self.executor.spans])
+        return collect([Span(here().rank, *span) for span in self.spans])
 
 
 # -- helpers -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +97,7 @@ ANSWERS = {
     "def double(x): return 2 *": "SyntaxError: invalid syntax (line 1 of the answer)",
     "def double(x): return x.y": "AttributeError: 'int' object has no attribute 'y'\n----> 1 def double(x): return x.y",
     f"two = 3\n{GOOD}": "pass",
+    "two = 1\ndef double(x): return x": "double(2) is 2, not 4",  # the check's own names are not the learner's to give
     "def double(x): return two * x": "pass",  # the set-up's two, not that of the answer before
     f"exit()\n{GOOD}": "calls exit()",
     f"{GOOD} if x else exit()": "pass",
@@ -221,6 +223,8 @@ def test_watch_grades_at_each_save_and_ends_with_ctrl_c(at):
     watch = subprocess.Popen(
         [sys.executable, "-u", "-m", "minipar", "grade", "--watch", str(notebook)], stdout=subprocess.PIPE, text=True
     )
+    late = threading.Timer(120, watch.kill)  # then the lines end, too
+    late.start()
     try:
         lines = iter(watch.stdout.readline, "")
         assert any("waiting for the next save" in line for line in lines)
@@ -232,4 +236,5 @@ def test_watch_grades_at_each_save_and_ends_with_ctrl_c(at):
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) in (0, 1)
     finally:
+        late.cancel()
         watch.kill()

@@ -52,7 +52,7 @@ def double(x):
 
 # %% check="90.1" seconds=5
 # NBVAL_CHECK_OUTPUT
-assert double(2) == 4, f"double(2) is {double(2)}, not 4"
+assert double(2) == two * 2, f"double(2) is {double(2)}, not 4"
 print("double", double(3))
 
 # %% task="90.2" title="Mend"

@@ -112,7 +112,11 @@ class _Grader:
                 self.kernel.do(source)
             self.ready_for = 0
         else:
-            self.kernel.do(f"{NAMES}.restore(globals())")
+            try:
+                self.kernel.do(f"{NAMES}.restore(globals())")
+            except CellFailed:  # an earlier answer has closed what cannot be opened again
+                self.kernel.spoiled = True
+                return self._advance(task)
         for earlier in self.solution.tasks[self.ready_for : wanted]:
             self.kernel.do(earlier.answer.source)
         self.ready_for = wanted
@@ -173,6 +177,8 @@ class _Cell(IPyNbCell):
             grader.broken = error
             return
         if self.task.id not in grader.failed:
+            if self.checks:
+                grader.kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r})")
             outcome = self._judge(grader.kernel)
             if outcome:
                 grader.failed[self.task.id] = outcome

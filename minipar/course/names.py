@@ -1,5 +1,6 @@
 """Inside the kernel: put a notebook's names back as they were before an answer."""
 
+import ast
 from typing import Any
 
 _kept: dict[str, Any] = {}
@@ -11,6 +12,19 @@ def keep(names: dict[str, Any]) -> None:
 
 
 def restore(names: dict[str, Any]) -> None:
+    """All names as they were kept. Raises RuntimeError where that is not enough, since a World was closed."""
     for name in [name for name in names if name not in _kept]:
         del names[name]
     names.update(_kept)
+    if any(getattr(value, "closed", None) is True for value in _kept.values()):
+        raise RuntimeError("a World of the set-up is closed")
+
+
+def protect(names: dict[str, Any], answer: str) -> None:
+    """The kept names again, but for those that the reference's answer defines: only they are the learner's to give."""
+    defined = set()
+    for node in ast.parse(answer).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        defined |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names.update({name: value for name, value in _kept.items() if name not in defined})
