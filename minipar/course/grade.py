@@ -177,8 +177,6 @@ class _Cell(IPyNbCell):
             grader.broken = error
             return
         if self.task.id not in grader.failed:
-            if self.checks:
-                grader.kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r})")
             outcome = self._judge(grader.kernel)
             if outcome:
                 grader.failed[self.task.id] = outcome
@@ -193,6 +191,8 @@ class _Cell(IPyNbCell):
         self.config.option.nbval_cell_timeout = seconds
         self.parent.timed_out = False
         try:
+            if self.checks:
+                kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r})")
             super().runtest()
         except (KernelDied, RuntimeError):  # nbval's own, where the kernel was gone before the cell
             kernel.spoiled = True
