@@ -286,7 +286,8 @@ class Guard:
         if not self.crew.ready or quiet < QUIET:
             return ""
         if all([self._stuck(rank, quiet, now) for rank in waiting]):  # a list: each is looked at every time
-            return f"deadlock: every rank waits, and nothing has moved for {quiet:.0f} s"
+            who = "every rank that has not returned waits" if ended else "every rank waits"
+            return f"deadlock: {who}, and nothing has moved for {quiet:.0f} s"
         return ""
 
     def _stuck(self, rank: int, quiet: float, now: float) -> bool:

@@ -151,7 +151,7 @@ def test_a_deadlock_names_the_circle(world4: World, impatient: None) -> None:
             dist.send(torch.ones(5), (here().rank + 1) % 3)
 
     text = str(failed(world4, crossed))
-    assert text.startswith("deadlock: every rank waits")
+    assert text.startswith("deadlock: every rank that has not returned waits")
     assert re.search(r"rank 0 waits for rank 1 in send to rank 1 of float32 \(5,\), line \d+ of .*: dist.send\(", text)
     assert "rank 3 returned" in text
     assert "the circle: rank 0 -> rank 1 -> rank 2 -> rank 0" in text
@@ -209,7 +209,11 @@ def test_without_a_watch_the_stacks_tell(impatient: None) -> None:
         assert "rank 1 is at" in str(failed(world, leaves))
 
 
-@pytest.mark.parametrize("busy", [lambda: time.sleep(2.5), lambda: spin(2.5)], ids=["sleeps", "computes"])
+@pytest.mark.parametrize(
+    "busy",
+    [lambda: time.sleep(2.5), lambda: spin(2.5), lambda: spin(1.0).backward()],
+    ids=["sleeps", "computes", "is in a long backward pass"],
+)
 def test_a_rank_that_sleeps_or_computes_is_not_deadlocked(
     world2: World, impatient: None, busy: Callable[[], None]
 ) -> None:
@@ -221,10 +225,12 @@ def test_a_rank_that_sleeps_or_computes_is_not_deadlocked(
     assert world2.run(late) == [2.0, 2.0]
 
 
-def spin(seconds: float) -> None:
-    end, x = time.monotonic() + seconds, torch.ones(200, 200)
+def spin(seconds: float) -> torch.Tensor:
+    """Compute for so long. The backward pass of the answer takes twice that."""
+    end, x, w = time.monotonic() + seconds, torch.ones(700, 700), torch.eye(700, requires_grad=True)
     while time.monotonic() < end:
-        torch.mm(x, x)
+        x = x @ w
+    return x.sum()
 
 
 def test_a_limit_says_where_every_rank_still_is(world2: World) -> None:
@@ -415,11 +421,21 @@ def test_calls_that_torch_allows_to_differ_are_let_through(world4: World) -> Non
         if here().rank == 0:
             dist.send(x, 2, group=group, tag=5)
         else:
-            dist.recv(x, group=group, group_src=0, tag=5)
+            dist.irecv(x, group=group, group_src=0, tag=5).wait()
 
     before = world4.run(os.getpid)
     assert world4.run(legal, limit=60) == [4.0] * 4
     assert world4.run(os.getpid) == before, "nothing was left under way"
+
+
+def test_a_call_from_inside_a_library_is_shown_at_the_callers_line(world2: World) -> None:
+    def differ() -> None:
+        if here().rank:
+            dist.all_reduce(torch.ones(2))
+        else:
+            dist.all_gather_object([None, None], "an object")  # the line
+
+    assert re.search(r"rank 0: all_gather of int64 .*# the line\n", str(failed(world2, differ)))
 
 
 def test_the_watch_sees_calls_from_a_backward_pass(world2: World) -> None:

@@ -11,12 +11,15 @@
 # - lay ranks out on a mesh, and say which of them talk to each other.
 #
 # **Time:** about two hours. **You need:** Python and a little PyTorch. No GPU, no network.
-# The chapter belongs to sections 2.2 and 2.3 of the document that this course follows.
+# The chapter mirrors sections 2.2 and 2.3 of the article that this course follows and tests,
+# 《大规模语言模型从理论到实践 混合并行》 ("LLMs from theory to practice: hybrid parallelism", in Chinese).
+# "The document" below is that article; you need not know it.
 #
 # **How to read it.** Before most runs you are asked for a prediction. Write it into the cell (`prediction = ...`)
-# before you go on. A wrong prediction that you wrote down teaches more than a right answer that you read.
+# before you go on. A wrong prediction that you wrote down teaches more than a right answer that you read. The outputs
+# of an earlier run stand below the cells; *Edit → Clear Outputs of All Cells* hides them.
 #
-# ## Three questions on earlier chapters
+# ## Three questions to warm up
 #
 # 1. A model has 7 billion parameters and is trained with Adam in mixed precision. How many bytes do its weights,
 #    gradients and optimizer states take?
@@ -135,8 +138,8 @@ assert held[0] == sum(rank + 1 for rank in range(4))  # one process, no messages
 
 # %% [markdown] lang="en"
 # 1 + 2 + 3 + 4 = 10. Look at the order: rank 1 could not begin before rank 0 was done, and so on. Four ranks worked,
-# but never two at once. This was parallel in name only. We will measure such idle time in the chapters on pipelines,
-# where it has a name: the *bubble*.
+# but never two at once. This was parallel in name only. Such idle time
+# has a name where models are cut into pipelines: the *bubble*.
 #
 # How much travelled? A tensor has `x.numel()` numbers of `x.element_size()` bytes: here 1 × 4 bytes, sent 4 times.
 #
@@ -247,8 +250,11 @@ except RankError as report:
     print(report)
 
 # %% [markdown] lang="en"
-# The report shows the line, the ranks and both shapes. Pieces of unequal length are not exotic: it is what you get
-# when 9 rows are cut for 4 ranks. Chapter 3a has more to say about them.
+# The report shows the line, the ranks and both shapes. After a failure the `World` replaces its ranks where it has to:
+# it can be used again at once, and you need not restart anything.
+#
+# Pieces of unequal length are not exotic: it is what you get when 9 rows are cut for 4 ranks.
+# Chapter 3a has more to say about them.
 #
 # ## 4. Broadcast: one has it, all need it
 #
@@ -278,7 +284,7 @@ def on_this_rank(operation, count):
 
 def counted(operation, count, where=world):
     """Run operation(x, axis) on all ranks; gives their results, and the bytes that each of them sent."""
-    return zip(*where.run(on_this_rank, operation, count), strict=True)
+    return tuple(zip(*where.run(on_this_rank, operation, count), strict=True))
 
 
 # %% [markdown] lang="en"
@@ -413,7 +419,7 @@ for n in (4, 64, 1024):
 # ### Write the first half
 #
 # One step needs the exchange from section 3: start sending to the right, receive from the left. Which chunk leaves?
-# Rank $r$ must end with chunk $r$. So its last *incoming* chunk is $r$, the one before is $r-1$, and what comes in at
+# Rank $r$ must end with chunk $r$. So its last *incoming* chunk is $r$, the one before is $r+1$, and what comes in at
 # one step leaves at the next. At step $s$ rank $r$ sends chunk $r-1-s$ (modulo $n$) and receives chunk $r-2-s$.
 
 
@@ -437,8 +443,8 @@ assert set(sent) == {3 * M // 4}
 # %% [markdown] lang="en"
 # **Your turn, in a new cell:** write `all_gather_by_hand(x, axis)` the same way, in at most 15 lines. It gets this
 # rank's chunk and returns all of them, in order. At step $s$ rank $r$ passes on chunk $r - s$. Check it with
-# `counted(all_gather_by_hand, 1000)` against `torch.cat([numbers(r, 1000) for r in range(4)])`, then compare with the
-# package's version:
+# `results, sent = counted(all_gather_by_hand, 1000)`: every result must equal
+# `torch.cat([numbers(r, 1000) for r in range(4)])`. Then compare with the package's version:
 
 # %%
 viz.show_source(rings._shift, ring_reduce_scatter, ring_all_gather, ring_all_reduce)
@@ -457,8 +463,8 @@ print("5 numbers, cut for 4 ranks by chunk:", [len(piece) for piece in torch.one
 # Let us look at real numbers. Rank 0 holds 1000, 2000, 3000, 4000, rank 1 holds 100 to 400, rank 2 holds 10 to 40,
 # rank 3 holds 1 to 4. In a sum, the place of a digit tells whose number is in it, and the digit tells which chunk.
 #
-# **Predict** each of the four pictures before you run the cell: what do ranks 0 to 3 hold after a broadcast from rank
-# 0, after an all-reduce, after a reduce-scatter, and after an all-gather of what the reduce-scatter gave?
+# **Predict** the four pictures behind the first before you run the cell: what do ranks 0 to 3 hold after a broadcast
+# from rank 0, after an all-reduce, after a reduce-scatter, and after an all-gather of what the reduce-scatter gave?
 
 
 # %%
@@ -482,8 +488,9 @@ states = {title: [h[title] for h in held] for title in held[0]}
 viz.show(viz.draw_tensors(states, hue=lambda value: int(str(value)[0]) - 1))
 
 # %% [markdown] lang="en"
-# The last picture equals the third. **An all-reduce is a reduce-scatter followed by an all-gather**, whatever
-# algorithm carries them out. Remember this: between the two halves, each rank holds a finished 1/n of the sum. A rank
+# The last picture equals that of `all_reduce`. **An all-reduce is a reduce-scatter followed by an all-gather**,
+# whatever algorithm carries them out. Remember this: between the two halves, each rank holds a finished 1/n of the
+# sum. A rank
 # that does its work *there*, on 1/n of the numbers, before the all-gather, saves memory and sends nothing more. That
 # is the idea behind ZeRO and FSDP.
 #
@@ -600,8 +607,12 @@ viz.show_source(reduce_scatter)
 # cost $\beta$ for each byte (one over the *bandwidth*). The ring sends few bytes in many messages. For a tensor of
 # one number, the many messages cost more than they save.
 #
-# **Predict:** where do the lines cross on your machine, the one of `all_reduce_by_hand` and the one of the ring? The
-# times below are your own: they depend on your machine, and on what else it does.
+# By hand, rank 0 moves $M$ three times in and three times out, one after the other: for $n$ ranks $2(n-1)$ messages of
+# $M$. The ring needs $2(n-1)$ messages, too, of $M/n$ each, but every rank takes part in every step, and a step ends
+# with the slowest of them.
+#
+# **Predict:** which of the two is faster for 4 bytes on your machine? The times below are your own: they depend on
+# your machine, and on what else it does.
 
 
 # %%
@@ -635,10 +646,11 @@ viz.show(
 )
 
 # %% [markdown] lang="en"
-# Each line has a flat part, where latency counts, and a rising part, where bytes count. On one machine the four ranks
-# share cores and memory, so do not read more into the gaps. On a cluster, the busiest rank's link is what you wait
-# for, and the ring's advantage at large sizes grows with the number of ranks. Chapter 4b fits $\alpha$ and $\beta$ to
-# your machine.
+# To the left latency counts, and the lines are nearly flat; to the right bytes count, and they rise with the size. At
+# the left the ring loses: with four ranks on fewer cores, each of its steps waits until the operating system has given
+# every rank its turn. At the right it need not win here either: all bytes pass through the same memory, so the total
+# counts, and that is the same. On a cluster each rank has a link of its own, and the busiest link is what you wait
+# for. There the formula says $2(n-1)\beta M$ by hand and $2(n-1)/n \cdot \beta M$ in the ring: $n$ times less.
 #
 # ## 9. A mesh and its axes
 #

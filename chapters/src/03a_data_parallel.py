@@ -12,8 +12,8 @@
 # - compute bytes, time and memory for a model, and say when data parallelism alone is enough.
 #
 # **Time:** about two hours, the exercises not counted. **You need:**
-# [Ranks and collectives](02b_ranks_and_collectives.ipynb). The chapter belongs to sections 3.1, 3.2.2 and 3.3.2 of
-# the document that this course follows.
+# [Ranks and collectives](02b_ranks_and_collectives.ipynb). The chapter mirrors sections 3.1, 3.2.2 and 3.3.2 of
+# the document that this course follows and tests (the last chapter names it).
 #
 # **How to read it.** As before: write your prediction into the cell before you run it. Each section ends with the
 # graded tasks that belong to it, in [the exercise notebook](../exercises/03a_data_parallel.ipynb).

@@ -2,8 +2,8 @@
 # # 03a · Data parallelism: exercises
 #
 # Nine small functions, an hour or so. Together they are the data-parallel half of a training engine: by the end four
-# ranks on your machine train a GPT on Python's documentation, with gradients equal to those of one process to the
-# last bits of a float64.
+# ranks on your machine train a GPT on Python's documentation, with gradients equal to those of one process to twelve
+# digits.
 #
 # **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to
 # finish, where it says `raise NotImplementedError("your turn")`. The cell below it is its check, folded away since it
