@@ -30,11 +30,15 @@ class Leave(Exception):
 
 @dataclass
 class Window:
-    """Which blocks run now: those at [first, end). `state`, where there is one, goes into the first of them."""
+    """Which blocks run now: those at [first, end). `state`, where there is one, goes into the first of them.
+
+    next: the place whose turn it is, None while no stage runs.
+    """
 
     first: int = 0
     end: int = 0
     state: Any = None
+    next: int | None = None
 
 
 class Skip(nn.Module):
@@ -78,12 +82,13 @@ class Stages:
     def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
         """Run one stage: the state that leaves it, or, from the last one, what the model returns."""
         self.window.first, self.window.end, self.window.state = self.cuts[stage], self.cuts[stage + 1], state
+        self.window.next = 0
         try:
             return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
         except Leave as way_out:
             return way_out.args[0]
         finally:
-            self.window.state = None
+            self.window.state = self.window.next = None
 
     def _stage_of_block(self, place: int) -> int:
         return next(stage for stage, end in enumerate(self.cuts[1:]) if place < end)
@@ -125,10 +130,19 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
     inner = block.forward
 
     def forward(state: Any, *context: Any, **more: Any) -> Any:
+        if window.next is None:
+            raise RuntimeError(
+                f"block {place} runs outside of its stage's forward: put a checkpoint inside of the block"
+            )
+        if place != window.next:
+            raise ValueError(
+                f"block {place} runs where block {window.next} should: a pipeline takes each once, in order"
+            )
+        window.next += 1
         if place == window.end:
             raise Leave(state)
-        if not window.first <= place < window.end:
-            return state
+        if place < window.first:  # computed elsewhere: what uses it here by mistake shows at once, as NaN
+            return pytree.tree_map_only(Tensor, _nothing, state)
         if place == window.first and window.state is not None:
             state = window.state
         return inner(state, *context, **more)
@@ -146,7 +160,12 @@ def _give_up(parameter: nn.Parameter) -> None:
 
 def _look_up_nothing(embedding: nn.Embedding) -> None:
     """In front of a later stage's blocks, the embedding's result is never used: do not compute it."""
-    embedding.forward = lambda ids: embedding.weight.new_zeros(()).expand(*ids.shape, embedding.embedding_dim)
+    embedding.forward = lambda ids: _nothing(embedding.weight.new_empty(()).expand(*ids.shape, embedding.embedding_dim))
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """The shape of a tensor of floats without its numbers, NaN throughout. Others stay as they are."""
+    return like.new_full((), float("nan")).expand_as(like) if like.is_floating_point() else like
 
 
 # -- running a program ---------------------------------------------------------------------------------------

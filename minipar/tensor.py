@@ -116,8 +116,17 @@ class Region:
         return leave_sequence(x, self.axis) if self.sequence else leave(x, self.axis)
 
 
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """ValueError for a layer whose own forward a style would replace."""
+    if type(layer).forward is not kind.forward:
+        raise ValueError(
+            f"{type(layer).__name__} has a forward of its own, so it cannot be cut as nn.{kind.__name__} is"
+        )
+
+
 def colwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
     """Cut the outputs: (..., in) -> (..., out/tp)."""
+    _is_plain(layer, nn.Linear)
     cut(layer, "weight", 0, region.axis)
     cut(layer, "bias", 0, region.axis)
 
@@ -139,6 +148,7 @@ class Head:
 
 def colwise_gather_output(layer: nn.Linear, region: Region, entrance: Entrance) -> Head:
     """Cut the outputs, then put them together: (..., in) -> (..., out)."""
+    _is_plain(layer, nn.Linear)
     head = Head(layer.out_features)
     cut(layer, "weight", 0, region.axis)
     cut(layer, "bias", 0, region.axis)
@@ -153,6 +163,7 @@ def colwise_gather_output(layer: nn.Linear, region: Region, entrance: Entrance) 
 
 def rowwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
     """Cut the inputs: (..., in/tp) -> (..., out). Each rank has a partial sum; the bias is added once, after it."""
+    _is_plain(layer, nn.Linear)
     cut(layer, "weight", 1, region.axis)
 
     def forward(x: Tensor) -> Tensor:
@@ -174,6 +185,7 @@ def rowwise_split_input(layer: nn.Linear, region: Region, entrance: Entrance) ->
 
 def embedding_rowwise(layer: nn.Embedding, region: Region, entrance: Entrance) -> None:
     """Cut the vocabulary: each rank looks up the ids it has, the others give zeros, and the parts are summed."""
+    _is_plain(layer, nn.Embedding)
     edges = bounds(layer.num_embeddings, region.axis.size)
     first, end = edges[region.axis.index], edges[region.axis.index + 1]
     if layer.max_norm is not None or layer.scale_grad_by_freq:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data, tensor
-from .collectives import Axis, all_gather, all_reduce, broadcast, connect, irecv, isend
+from .collectives import Axis, all_gather, all_reduce, broadcast, connect, everyone, irecv, isend
 from .device import default_generator
 from .mesh import Mesh
 from .pipeline import Batch, Executor, Stages, spread
@@ -87,6 +87,7 @@ class Parallel:
         self.training_program = communicate(order)[self.pp.index]
         self.inference_program = communicate(forward_only(self.pp.size, 1))[self.pp.index]
 
+        _check_replicas(model, self.device)
         self.module = _twin(model).to(self.device)
         self.state_names = {key: _first_name(self.module, key) for key in self.module.state_dict()}
         self.everything = dict(self.module.named_parameters())  # of all stages: name -> parameter
@@ -107,7 +108,8 @@ class Parallel:
         self.loss = self._loss(loss)
         self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
         self.executor = Executor(self.stages, self.pp, self.owner, self.device, self._seed, self._reduce)
-        self.seed, self.steps = torch.initial_seed(), 0
+        seed = torch.tensor(torch.initial_seed() % 2**63, device=self.device)
+        self.seed, self.steps = int(broadcast(seed, everyone())), 0
         self.spans: list = []  # of the last step
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -122,8 +124,8 @@ class Parallel:
         Raises ValueError for fewer rows than data ranks x microbatches, or if no label counts.
         """
         inputs, targets = self._with_targets(inputs, targets)
-        inputs, targets = _to(inputs, self.device), _to(targets, self.device)
         sizes = [len(x) for batch in (inputs, targets) for x in _tensors(batch)]
+        inputs, targets = _to(inputs, self.device), _to(targets, self.device)
         if len(set(sizes)) > 1:
             raise ValueError(f"inputs and targets have {sizes} rows: all must have the same number")
         # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
@@ -178,6 +180,8 @@ class Parallel:
 
     def _check_layers(self) -> None:
         """Refuse what would be wrong without a word: statistics of a part of the batch, parameters frozen too late."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError("step inside torch.no_grad() has no gradients: use forward there")
         for name, parameter in self.here.items():
             if parameter.requires_grad != (name in self.trained):
                 now = "trained" if parameter.requires_grad else "frozen"
@@ -415,6 +419,17 @@ def _own_memory(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _check_replicas(model: nn.Module, device: torch.device) -> None:
+    """ValueError if the ranks were given different weights. The sum of all of them says so."""
+    total = sum((p.detach().double().sum().to(device) for p in model.parameters()), torch.zeros((), device=device))
+    most, least = all_reduce(torch.stack([total, -total]).double(), everyone(), "max").tolist()
+    if most + least > 1e-9 * (1 + abs(most)):
+        raise ValueError(
+            "the ranks have different initial weights: seed every rank alike before the model is built, or load the "
+            "same weights on all"
+        )
+
+
 def _first_name(model: nn.Module, key: str) -> str:
     """A tied parameter has several keys in the state, and one name among the parameters: the first."""
     everywhere = list(model.named_parameters(remove_duplicate=False))
@@ -434,7 +449,11 @@ def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str,
 
 
 def _tensors(batch: Any) -> Iterable[Tensor]:
-    return batch.values() if isinstance(batch, dict) else [batch]
+    tensors = list(batch.values()) if isinstance(batch, dict) else [batch]
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"a batch is a tensor or a dict of tensors, and {type(x).__name__} is neither")
+    return tensors
 
 
 def _to(batch: Any, device: torch.device) -> Any:

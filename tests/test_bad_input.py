@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minipar import Config, Mesh, gpipe, gpt, parallelize, simulate
+from minipar import Config, Mesh, RankError, gpipe, gpt, parallelize, simulate
 from minipar.schedule import Action, Op
 
 TINY = Config(vocab=13, context=8, depth=2, width=8, heads=2)
@@ -58,7 +58,48 @@ class Normed(nn.Module):
         return self.head(self.norm(x))
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+    def forward(self, x):
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        return x
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = OwnForward(2, 4)
+
+
+def other_weights():
+    torch.manual_seed(torch.distributed.get_rank())
+    return lay_out(gpt(TINY))
+
+
+def without_gradients():
+    with torch.no_grad():
+        lay_out().step(torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long))
+
+
+ONES, LABELS = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
 REFUSED = {
+    "a layer with a forward of its own": (
+        lambda: lay_out(Scaled(), Mesh(tp=2), plan={"up": "colwise"}),
+        ValueError,
+        ["OwnForward", "nn.Linear"],
+    ),
+    "other weights on each rank": (other_weights, ValueError, ["different initial weights", "seed every rank alike"]),
+    "a step without gradients": (without_gradients, RuntimeError, ["no_grad", "forward"]),
+    "a batch that is a list": (lambda: lay_out().step([1, 2], LABELS), TypeError, ["list", "dict of tensors"]),
     "a parameter frozen after parallelize": (frozen_late, ValueError, ["embed.token.weight is frozen since", "again"]),
     "batch statistics of a part": (
         lambda: lay_out(Normed()).step(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)),
@@ -205,3 +246,24 @@ def test_an_id_that_is_on_no_share_of_the_vocabulary_raises(world2):
     for tokens, targets in ((high, TOKENS), (TOKENS, high)):
         for error, _ in world2.run(refusal, lambda: lay_out(mesh=Mesh(tp=2)).step(tokens, targets)):  # noqa: B023
             assert error in (IndexError, RuntimeError)
+
+
+def test_blocks_that_are_used_twice_are_named(world2):
+    with pytest.raises(RankError, match="block 0 runs where block 2 should: a pipeline takes each once"):
+        world2.run(lambda: lay_out(Twice(), Mesh(pp=2)).step(ONES, LABELS))
+
+
+class AddsAfterBlocks(nn.Module):
+    """Uses what an early block gave behind all blocks: no later stage has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+    def forward(self, x):
+        early = self.blocks[0](x)
+        return self.blocks[1](early) + early
+
+
+def test_what_another_stage_computed_is_nan_and_not_a_wrong_number(world2):
+    assert all(x.isnan() for x in world2.run(lambda: lay_out(AddsAfterBlocks(), Mesh(pp=2)).step(ONES, LABELS)))
