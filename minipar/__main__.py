@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from importlib import import_module
 from typing import NoReturn
 
-from . import cli, doctor
+# Which module adds a command. Only the one that is asked for is imported: grading does not wait for torch twice.
+HOMES = {"train": "cli", "doctor": "doctor", **dict.fromkeys(("grade", "hint", "solution", "progress"), "course.cli")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,14 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     about = "Hybrid parallelism for large language models."
     parser: argparse.ArgumentParser = Parser(prog="python -m minipar", description=about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    cli.add_commands(commands)
-    doctor.add_commands(commands)
-    try:
-        from .course.cli import add_commands
-    except ModuleNotFoundError as missing:  # a training machine needs no notebooks
-        parser.epilog = f"The commands of the course need {missing.name}: pip install 'minipar[course]'"
-    else:
-        add_commands(commands)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    homes = [HOMES[name] for name in arguments[:1] if name in HOMES] or dict.fromkeys(HOMES.values())
+    for home in homes:
+        try:
+            import_module(f".{home}", __package__).add_commands(commands)
+        except ModuleNotFoundError as missing:  # a training machine needs no notebooks
+            if home != "course.cli":
+                raise
+            parser.epilog = f"The commands of the course need {missing.name}: pip install 'minipar[course]'"
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
