@@ -85,8 +85,14 @@ def test_every_layout_makes_the_step_of_one_process(ranks):
     assert every_layout(ranks)["step"] == []
 
 
-def test_these_are_all_the_layouts():
+def test_these_are_all_the_layouts_and_their_batches_are_uneven():
     assert len(MESHES) == len(set(MESHES)) == 38
+    for mesh in MESHES:
+        case = case_of(mesh, gpipe, False, False)
+        counts = (batch_of(case.config, case.rows, case.length)[1] != -100).sum(1)
+        assert case.rows % (mesh.dp * case.microbatches) and counts.unique().numel() > 1
+        assert case.config.vocab % mesh.tp or mesh.tp == 1
+        assert case.config.depth % mesh.pp or mesh.pp in (1, 8)
 
 
 # Other models, other batches.
