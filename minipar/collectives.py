@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from .mesh import Mesh
 from .transport import Alone, Pending, Staged, Torch, Transport
@@ -63,15 +65,19 @@ def _transport(axis: str, ranks: tuple[int, ...]) -> Transport:
         return Alone()
     kind = Staged if me.device.type != "cpu" and me.backend == "gloo" else Torch
     upward = "nccl" in (me.backend or "")
-    return kind(axis, ranks, ranks.index(me.rank), _group(ranks), _group(ranks, upward))
+    return kind(axis, ranks, ranks.index(me.rank), _group(ranks, False), _group(ranks, upward))
 
 
 @cache
-def _group(ranks: tuple[int, ...], second: bool = False) -> dist.ProcessGroup | None:
+def _group(ranks: tuple[int, ...], second: bool) -> dist.ProcessGroup | None:
     """One group for each line of ranks, whatever mesh it is a line of. Only its members need to call."""
     if len(ranks) == here().size and not second:
         return dist.group.WORLD
-    return dist.new_group(ranks, use_local_synchronization=True)
+    # torch names such a group by its ranks and by how many groups this rank has. Members may have unlike numbers of
+    # other groups, and would wait for each other under two names.
+    name = f"minipar {ranks} {second}"
+    with patch.object(distributed_c10d, "_hash_ranks_to_str", lambda _: name, create=True):
+        return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def bounds(size: int, parts: int) -> list[int]:

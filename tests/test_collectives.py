@@ -531,3 +531,14 @@ def test_the_loopback_sees_what_the_ledger_books_for_a_step(world4, layout):
         return book.bytes()
 
     witnessed(world4, work)
+
+
+def test_ranks_with_unlike_numbers_of_groups_still_find_each_other():
+    def meet():
+        if torch.distributed.get_rank() < 2:
+            torch.distributed.new_group([0, 1], use_local_synchronization=True)
+        axes = connect(Mesh(dp=2, tp=2))
+        return c.all_reduce(torch.ones(1), axes["dp"]).item() + c.all_reduce(torch.ones(1), axes["tp"]).item()
+
+    with World(4) as world:
+        assert world.run(meet, limit=30) == [4.0] * 4
