@@ -41,13 +41,6 @@ class Window:
     next: int | None = None
 
 
-class Skip(nn.Module):
-    """Stands where a block of another rank stood."""
-
-    def forward(self, state: Any, *context: Any, **more: Any) -> Any:
-        return state
-
-
 class Stages:
     """The stages of a model cut into `count` that this rank holds.
 
@@ -61,8 +54,6 @@ class Stages:
     def __init__(self, model: nn.Module, count: int, mine: set[int]):
         whole = "", nn.ModuleList()  # one stage needs no cut, so any model will do
         name, blocks = find_blocks(model, count) if count > 1 else whole
-        if count > 1 and len(set(blocks)) < len(blocks):
-            raise ValueError(f"{name} has one block several times: a pipeline needs {len(blocks)} blocks of their own")
         self.model, self.window, self.cuts = model, Window(), bounds(len(blocks), count)
         self.home = home = self._home_of_names(f"{name}.")
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
@@ -76,7 +67,7 @@ class Stages:
                 _give_up(parameter)
         for place in range(len(blocks)):
             if self._stage_of_block(place) not in mine:
-                blocks[place] = Skip()
+                blocks[place] = nn.Identity()  # never reached: the window leaves or passes it by
             _ask_window(blocks[place], place, self.window)
 
     def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
@@ -122,6 +113,8 @@ def find_blocks(model: nn.Module, stages: int) -> tuple[str, nn.ModuleList]:
         raise ValueError(
             f"pp={stages} stages need {stages} blocks or more, but {name} has {len(blocks)}: use pp <= {len(blocks)}"
         )
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(f"{name} has one block several times: a pipeline needs {len(blocks)} blocks of their own")
     return name, blocks
 
 
@@ -153,9 +146,7 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
 def _give_up(parameter: nn.Parameter) -> None:
     """Free a parameter that lives elsewhere. Its shape stays; a use by mistake shows at once, as NaN."""
     parameter.requires_grad_(False)
-    parameter.data = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device).expand(
-        parameter.shape
-    )
+    parameter.data = _nothing(parameter.data)
 
 
 def _look_up_nothing(embedding: nn.Embedding) -> None:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .timeline import Span, Timeline, simulate
 from .world import here
 
 Loss = Callable[[Any, Any], tuple[Tensor, Tensor | int]]
+Some = TypeVar("Some", bound=Tensor)
 
 
 def parallelize(
@@ -104,6 +105,8 @@ class Parallel:
         self.homes = {name: self.stages.homes[p] for name, p in self.everything.items()}
         self.here = {name: p for name, p in self.everything.items() if self.homes[name] & mine}
         _own_memory(self.here.values(), model)
+        kind = nn.modules.batchnorm._BatchNorm
+        self.batch_norms = [(name, x) for name, x in self.module.named_modules() if isinstance(x, kind)]
 
         self.loss = self._loss(loss)
         self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
@@ -186,13 +189,12 @@ class Parallel:
             if parameter.requires_grad != (name in self.trained):
                 now = "trained" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {now} since parallelize: set requires_grad before it, and call it again")
-        if self.dp.size * self.microbatches > 1:
-            for name, layer in self.module.named_modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
-                    raise ValueError(
-                        f"{name} ({type(layer).__name__}) takes its statistics from the whole batch, and each rank and "
-                        "microbatch has only a part of it: use LayerNorm or GroupNorm, or put it into eval()"
-                    )
+        for name, layer in self.batch_norms:
+            if layer.training and self.dp.size * self.microbatches > 1:
+                raise ValueError(
+                    f"{name} ({type(layer).__name__}) takes its statistics from the whole batch, and each rank and "
+                    "microbatch has only a part of it: use LayerNorm or GroupNorm, or put it into eval()"
+                )
 
     def _all_gradients(self) -> Iterator[data.Gradients]:
         for some in self.gradients.values():
@@ -200,12 +202,9 @@ class Parallel:
 
     def _gradients(self, stage: int) -> list[data.Gradients]:
         """A flat buffer for each dtype of a stage's parameters; a parameter of two stages here is in the first's."""
-        kinds: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in self.here.items():
-            local = [s for s in self.homes[name] if self.owner[s] == self.pp.index]
-            if name in self.trained and min(local) == stage:
-                kinds[parameter.dtype].append(parameter)
-        return [data.Gradients(some, self.dp) for some in kinds.values()]
+        first = {n: min(s for s in self.homes[n] if self.owner[s] == self.pp.index) for n in self.here}
+        own = [p for name, p in self.here.items() if name in self.trained and first[name] == stage]
+        return [data.Gradients(some, self.dp) for some in _by_dtype(own).values()]
 
     def _reduce(self, stage: int) -> None:
         for some in self.gradients[stage]:
@@ -460,8 +459,8 @@ def _to(batch: Any, device: torch.device) -> Any:
     return {k: x.to(device) for k, x in batch.items()} if isinstance(batch, dict) else batch.to(device)
 
 
-def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+def _by_dtype(tensors: Iterable[Some]) -> dict[torch.dtype, list[Some]]:
+    kinds: dict[torch.dtype, list[Some]] = defaultdict(list)
     for x in tensors:
         kinds[x.dtype].append(x)
     return kinds
