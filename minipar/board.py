@@ -43,6 +43,13 @@ def text_of(what: str, file: str, line: int) -> bytes:
     return b"%b\n%b\n%d\0" % (what.encode()[:300], file.encode()[-300:], line)
 
 
+def nth(kind: str, ranks: tuple[int, ...], number: int) -> str:
+    """Which call along a line, in words."""
+    if kind == "message":
+        return f"message {number} from rank {ranks[0]} to rank {ranks[1]}"
+    return f"call {number} of the group of ranks {', '.join(map(str, ranks))}"
+
+
 @dataclass(frozen=True)
 class Call:
     """A call as the board knows it."""
@@ -73,13 +80,13 @@ class Standing:
 class MismatchError(RuntimeError):
     """Two ranks made calls that do not fit together. Raised before anything is sent."""
 
-    def __init__(self, ranks: tuple[int, ...], sides: dict[int, Call]) -> None:
-        super().__init__(ranks, sides)
-        self.ranks, self.sides = ranks, sides
+    def __init__(self, kind: str, ranks: tuple[int, ...], sides: dict[int, Call]) -> None:
+        super().__init__(kind, ranks, sides)
+        self.kind, self.ranks, self.sides = kind, ranks, sides
 
     def __str__(self) -> str:
-        number = min(call.number for call in self.sides.values())
-        lines = [f"these calls do not fit together (number {number} of ranks {self.ranks}):"]
+        which = nth(self.kind, self.ranks, min(call.number for call in self.sides.values()))
+        lines = [f"these calls do not fit together ({which}):"]
         lines += [f"  rank {r}: {c.what}   line {c.line}: {c.source}" for r, c in sorted(self.sides.items())]
         return "\n".join(lines)
 
@@ -190,7 +197,7 @@ class Board:
                 if words[theirs + SIGNATURES + slot] != signature or (
                     splits and not self._agree(line, splits, peer[0], there)
                 ):
-                    raise MismatchError(line.ranks, {line.me: self._call(at), peer[0]: self._call(there)})
+                    raise MismatchError(line.kind, line.ranks, {line.me: self._call(at), peer[0]: self._call(there)})
         words[head + BALANCE] = (words[head + BALANCE] + line.share) & MASK
 
     def undo(self, line: Line) -> None:

@@ -12,7 +12,7 @@ from typing import TextIO
 import torch
 
 from . import travel
-from .board import MismatchError, Standing, is_own
+from .board import MismatchError, Standing, is_own, nth
 from .rank import Failure, Frame
 
 TORCH = f"{Path(torch.__file__).parent}/"
@@ -225,14 +225,14 @@ def why(witnesses: list[Witness]) -> str:
 def _part(s: Standing, rank: int) -> str:
     """What a rank should have done for others' call to end."""
     if s.kind == "group":
-        return f"joining {s.call.what.split(' of ')[0]}, call number {s.call.number} of ranks {s.ranks}"
+        return f"joining {s.call.what.split(' of ')[0]}, {nth(s.kind, s.ranks, s.call.number)}"
     if len(s.ranks) == 1:
         return f"sending what rank {s.ranks[0]} waits for"
     source, target = s.ranks
     return (
-        f"receiving message number {s.call.number} of rank {source}"
+        f"receiving message {s.call.number} of rank {source}"
         if rank == target
-        else f"sending message number {s.call.number} to rank {target}"
+        else f"sending message {s.call.number} to rank {target}"
     )
 
 
