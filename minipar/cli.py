@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import corpus
+from .collectives import all_reduce, everyone
 from .mesh import Mesh
 from .model import Config, gpt
 from .rank import here
@@ -97,7 +98,7 @@ class Report:
     """What rank 0 tells at the end. difference: of the gradients from one process's; None without --check."""
 
     losses: list[float]
-    tokens_per_second: float
+    tokens_per_second: float  # of the steps alone, whatever else was done between them
     difference: float | None
     text: str  # what the trained model makes of PROMPT
 
@@ -144,16 +145,25 @@ def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
 
 def _show_progress(listener: Listener, steps: int) -> None:
     """A bar that rank 0 moves. What ranks print gets here line by line, so a bar cannot be drawn there."""
-    with suppress(OSError, EOFError), listener.accept() as rank, tqdm(total=steps, dynamic_ncols=True) as bar:
+    with suppress(OSError, EOFError), listener.accept() as rank, _bar(steps) as bar:
         while True:
             loss, speed = rank.recv()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
 
 
+def _bar(steps: int) -> tqdm:
+    """Without tqdm's own steps a second: with --check they count the comparison, and tokens/s do not."""
+    return tqdm(
+        total=steps, dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    )
+
+
 def _tell(mesh: Mesh, report: Report) -> int:
-    steps, speed = len(report.losses), report.tokens_per_second
-    print(f"{mesh}: loss {report.losses[0]:.4f} -> {report.losses[-1]:.4f} in {steps} steps, {speed:,.0f} tokens/s")
+    steps, speed = len(report.losses), f"{report.tokens_per_second:,.0f} tokens/s"
+    if report.difference is not None:
+        speed += " (in float64, the time of the check not counted)"
+    print(f"{mesh}: loss {report.losses[0]:.4f} -> {report.losses[-1]:.4f} in {steps} steps, {speed}")
     print(f"it writes: {report.text}")
     if report.difference is None:
         return 0
@@ -195,6 +205,7 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
                 if here().rank == 0:
                     differences.append(_difference(gradients, alone, tokens, targets))
                     reference.step()
+                all_reduce(torch.zeros(1, device=here().device), everyone())  # no rank runs ahead meanwhile
             start = time.perf_counter()
             optimizer.step()
             optimizer.zero_grad()

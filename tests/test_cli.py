@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def test_a_checked_run_says_that_its_gradients_are_those_of_one_process(hybrid):
     assert 0 < float(re.search(r"process's than (\S+) of", done.stdout)[1]) < 1e-12
     assert re.search(r"^it writes: The.+$", done.stdout, re.M)
     assert "100%" in done.stderr and "tokens/s" in done.stderr, "the bar reaches its end"
+    assert "tokens/s (in float64, the time of the check not counted)" in done.stdout
+    assert not re.search(r"it/s|s/it", done.stderr), "one speed, not two"
+
+
+def test_tokens_a_second_do_not_count_the_check():
+    options = {"steps": 2, "rows": 4, "context": 8, "seed": 0, "check": True, "lr": 1e-3, "trace": None}
+    layout = {"schedule": "1f1b", "microbatches": 2, "sequence_parallel": False}
+    config = Config(depth=1, width=8, heads=2, context=8)
+
+    def with_slow_checks() -> float:
+        right = cli._difference
+        cli._difference = lambda *some: time.sleep(1) or right(*some)
+        cli._progress = lambda where: nullcontext(lambda what: None)
+        return cli._train(cli.Mesh(), config, options | layout, None).tokens_per_second
+
+    with World(1) as world:
+        assert world.run(with_slow_checks)[0] > 4 * 8, "two steps of 32 tokens take less than 2 s"
 
 
 def test_the_trace_is_one_that_perfetto_opens(hybrid):
