@@ -92,9 +92,17 @@ def identity(x: Tensor, axis: Axis) -> Tensor:
     return x.view_as(x)
 
 
-def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
-    """The sum ("max", "min") of every rank's x, on every rank. Sends 2 (n-1)/n of x."""
-    return start_all_reduce(x.clone(memory_format=torch.contiguous_format), axis, op).wait()
+def nothing() -> None: ...
+
+
+def all_reduce(x: Tensor, axis: Axis, op: str = "sum", meanwhile: Callable[[], None] = nothing) -> Tensor:
+    """The sum ("max", "min") of every rank's x, on every rank. Sends 2 (n-1)/n of x.
+
+    meanwhile: work to do while it travels.
+    """
+    pending = start_all_reduce(x.clone(memory_format=torch.contiguous_format), axis, op)
+    meanwhile()
+    return pending.wait()
 
 
 def start_all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
@@ -126,12 +134,12 @@ def shard(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return x.narrow(dim, cut[axis.index], cut[axis.index + 1] - cut[axis.index]).contiguous()
 
 
-def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0, meanwhile: Callable[[], None] = nothing) -> Tensor:
     """This rank's share, along `dim`, of the sum of every rank's x. Sends (n-1)/n of x.
 
     Written as an all-to-all and a local sum: gloo's own reduce_scatter sends a whole all-reduce.
     """
-    parts = _exchange(x, axis, dim, "reduce_scatter")
+    parts = _exchange(x, axis, dim, "reduce_scatter", meanwhile)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
@@ -140,13 +148,14 @@ def all_to_all(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return torch.cat(_exchange(x, axis, dim, "all_to_all"), dim)
 
 
-def _exchange(x: Tensor, axis: Axis, dim: int, op: str) -> list[Tensor]:
+def _exchange(x: Tensor, axis: Axis, dim: int, op: str, meanwhile: Callable[[], None] = nothing) -> list[Tensor]:
     """Share i of x along `dim` to index i; the shares that came, in the order of their index."""
     shares = x.tensor_split(bounds(x.size(dim), axis.size)[1:-1], dim)
     mine = shares[axis.index]
     flat = torch.cat([s.reshape(-1) for s in shares])
-    got = axis.transport.all_to_all(flat, [s.numel() for s in shares], [mine.numel()] * axis.size, op).wait()
-    return list(got.view(axis.size, *mine.shape))
+    pending = axis.transport.all_to_all(flat, [s.numel() for s in shares], [mine.numel()] * axis.size, op)
+    meanwhile()
+    return list(pending.wait().view(axis.size, *mine.shape))
 
 
 def broadcast(x: Tensor, axis: Axis, root: int = 0) -> Tensor:
@@ -193,9 +202,12 @@ class _Collective(torch.autograd.Function):
         return ctx.adjoint(gradients[0], ctx.axis), None, None, None
 
 
-def enter(x: Tensor, axis: Axis) -> Tensor:
-    """Into a cut region (Megatron's f): every rank reads the same x, so their gradients add."""
-    return _Collective.apply(x, axis, identity, all_reduce)
+def enter(x: Tensor, axis: Axis, meanwhile: Callable[[], None] = nothing) -> Tensor:
+    """Into a cut region (Megatron's f): every rank reads the same x, so their gradients add.
+
+    meanwhile: work for backward to do while they travel.
+    """
+    return _Collective.apply(x, axis, identity, partial(all_reduce, meanwhile=meanwhile))
 
 
 def leave(x: Tensor, axis: Axis) -> Tensor:
@@ -216,9 +228,10 @@ def split(x: Tensor, axis: Axis, dim: int = -1) -> Tensor:
 SEQUENCE = 1  # the dim of activations (batch, sequence, width) that sequence parallelism cuts between the layers
 
 
-def enter_sequence(x: Tensor, axis: Axis) -> Tensor:
+def enter_sequence(x: Tensor, axis: Axis, meanwhile: Callable[[], None] = nothing) -> Tensor:
     """`enter` for an x that is cut along the sequence: a gather, whose adjoint sums and cuts again."""
-    return _Collective.apply(x, axis, partial(all_gather, dim=SEQUENCE), partial(reduce_scatter, dim=SEQUENCE))
+    adjoint = partial(reduce_scatter, dim=SEQUENCE, meanwhile=meanwhile)
+    return _Collective.apply(x, axis, partial(all_gather, dim=SEQUENCE), adjoint)
 
 
 def leave_sequence(x: Tensor, axis: Axis) -> Tensor:

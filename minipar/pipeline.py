@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .collectives import Axis, Pending, bounds, broadcast, irecv, isend
+from .deferral import Deferral, WeightGradients
 from .schedule import Action, Op, Program
 
 Batch = Tensor | dict[str, Tensor]
@@ -207,11 +208,12 @@ class Executor:
         stages: Stages,
         axis: Axis,
         owner: dict[int, int],
+        deferral: Deferral,
         device: torch.device,
         before: Callable[[Action], None],
         reduce: Callable[[int], None],
     ):
-        self.stages, self.axis, self.owner, self.device = stages, axis, owner, device
+        self.stages, self.axis, self.owner, self.deferral, self.device = stages, axis, owner, deferral, device
         self.before, self.reduce_stage = before, reduce
         self.specs: dict[tuple[int, Any], Spec] = {}  # (stage, shapes of its inputs) -> what it gives
         self.spans: list[tuple[Action, float, float]] = []
@@ -224,6 +226,7 @@ class Executor:
         self.states: dict[Place, Any] = {}  # what went into a stage
         self.outputs: dict[Place, list[Tensor]] = {}  # what came out of it
         self.gradients: dict[Place, list[Tensor]] = {}  # of what came out
+        self.weights: dict[Place, WeightGradients] = {}  # that its backward puts off
         self.wanted: dict[tuple[Op, int], deque[Action]] = defaultdict(deque)  # receives whose shape is not known
         self.posted: dict[Action, list[Pending]] = {}
         self.sent: list[Pending] = []
@@ -252,6 +255,7 @@ class Executor:
             self.states[place] = self._arrived_state(action)
         start = time.perf_counter()
         self.before(action)
+        self.weights[place] = self.deferral.begin()
         output = self.stages(action.stage, self.states[place], self.inputs[action.microbatch])
         self.outputs[place] = output
         self.spans.append((action, start, time.perf_counter()))
@@ -264,6 +268,7 @@ class Executor:
         outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
         torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        self.weights.pop(place).finish()
         self.spans.append((action, start, time.perf_counter()))
 
     def reduce(self, action: Action) -> None:

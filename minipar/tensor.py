@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .collectives import Axis, all_reduce, bounds, enter, enter_sequence, gather, leave, leave_sequence, split
+from .deferral import Deferral
 
 # -- cutting a parameter -------------------------------------------------------------------------------------
 
@@ -102,15 +103,19 @@ class Streams:
 
 @dataclass
 class Region:
-    """What the styles of one model share: the axis, how activations enter and leave a cut layer, random streams."""
+    """What the styles of one model share: the axis, how activations enter and leave a cut layer, random streams.
+
+    deferral: a cut layer's weight gradient is put off until the next gradient of an activation travels.
+    """
 
     axis: Axis
     sequence: bool
     streams: Streams
+    deferral: Deferral
     heads: list["Head"] = field(default_factory=list)
 
     def enter(self, x: Tensor) -> Tensor:
-        return enter_sequence(x, self.axis) if self.sequence else enter(x, self.axis)
+        return (enter_sequence if self.sequence else enter)(x, self.axis, meanwhile=self.deferral.now.run)
 
     def leave(self, x: Tensor) -> Tensor:
         return leave_sequence(x, self.axis) if self.sequence else leave(x, self.axis)
@@ -131,7 +136,7 @@ def colwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
     cut(layer, "bias", 0, region.axis)
 
     def forward(x: Tensor) -> Tensor:
-        y = F.linear(entrance(x), layer.weight, layer.bias)
+        y = region.deferral.linear(entrance(x), layer.weight, layer.bias)
         region.streams.go(inside=True)
         return y
 
@@ -168,7 +173,7 @@ def rowwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
 
     def forward(x: Tensor) -> Tensor:
         region.streams.go(inside=False)
-        y = region.leave(F.linear(x, layer.weight))
+        y = region.leave(region.deferral.linear(x, layer.weight))
         return y if layer.bias is None else y + layer.bias
 
     layer.forward = forward

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import data, tensor
 from .collectives import Axis, all_gather, all_reduce, broadcast, connect, everyone, irecv, isend
+from .deferral import Deferral
 from .device import default_generator
 from .mesh import Mesh
 from .pipeline import Batch, Executor, Stages, spread
@@ -97,7 +98,8 @@ class Parallel:
             key: x for key, x in self.module.state_dict().items() if self.state_names[key] not in self.shapes
         }
         self.streams = tensor.Streams(default_generator(self.device))
-        self.region = tensor.Region(self.tp, sequence_parallel and self.tp.size > 1, self.streams)
+        deferral = Deferral()
+        self.region = tensor.Region(self.tp, sequence_parallel and self.tp.size > 1, self.streams, deferral)
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
@@ -110,7 +112,7 @@ class Parallel:
 
         self.loss = self._loss(loss)
         self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
-        self.executor = Executor(self.stages, self.pp, self.owner, self.device, self._seed, self._reduce)
+        self.executor = Executor(self.stages, self.pp, self.owner, deferral, self.device, self._seed, self._reduce)
         seed = torch.tensor(torch.initial_seed() % 2**63, device=self.device)
         self.seed, self.steps = int(broadcast(seed, everyone())), 0
         self.spans: list = []  # of the last step

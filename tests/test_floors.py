@@ -11,7 +11,7 @@ import pytest
 import minipar
 
 FLOORS = [
-    {"mesh", "schedule", "model", "device", "transport", "board", "travel"},  # know nothing of minipar
+    {"mesh", "schedule", "model", "device", "transport", "board", "travel", "deferral"},  # know nothing of minipar
     {"watch"},  # from here to world: start ranks, stop them, say why they hang
     {"rank"},
     {"report"},

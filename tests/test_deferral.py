@@ -1,0 +1,92 @@
+"""Weight gradients that are put off are the same, come once, and come when they are asked for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minipar.deferral import Deferral
+
+
+def matrix(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return nn.Parameter(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+
+
+def gradients(linear, forward, *parameters):
+    """Of the sum of what forward(linear) gives."""
+    for p in parameters:
+        p.grad = None
+    forward(linear).sum().backward()
+    return [p.grad for p in parameters]
+
+
+def deferred(forward, *parameters):
+    """The same through a deferral: before the weights' gradients are run, and after."""
+    deferral = Deferral()
+    weights = deferral.begin()
+    before = gradients(deferral.linear, forward, *parameters)
+    weights.finish()
+    return before, [p.grad for p in parameters]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 2, 3)])
+def test_gradients_are_those_of_a_linear_layer(shape):
+    x, w, b = nn.Parameter(torch.randn(shape, dtype=torch.float64)), matrix(5, 3), matrix(5, 1)
+    forward = lambda linear: linear(x, w, b[:, 0]).square()  # noqa: E731
+    wanted = gradients(F.linear, forward, x, w, b)
+    before, after = deferred(forward, x, w, b)
+    assert before[1] is None, "the weight's gradient came with the backward"
+    torch.testing.assert_close([before[0], *after[1:]], wanted, rtol=0, atol=1e-14)
+
+
+def test_a_weight_that_is_used_twice_gets_one_gradient_with_both_uses():
+    x, w = matrix(4, 3, 1), matrix(3, 3)
+    heard = []
+    forward = lambda linear: linear(linear(x, w).tanh(), w).square()  # noqa: E731
+    (wanted,) = gradients(F.linear, forward, w)
+    w.register_post_accumulate_grad_hook(lambda p: heard.append(p.grad.clone()))
+    _, (got,) = deferred(forward, w)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+    assert len(heard) == 1
+    torch.testing.assert_close(heard[0], wanted, rtol=0, atol=1e-13)
+
+
+def test_a_use_that_backward_does_not_reach_loses_nothing():
+    x, w = matrix(4, 3, 1), matrix(3, 3)
+
+    def forward(linear):
+        linear(x, w)  # thrown away
+        return linear(x, w).square()
+
+    (wanted,) = gradients(F.linear, forward, w)
+    _, (got,) = deferred(forward, w)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+
+
+def test_what_is_frozen_stays_without_a_gradient():
+    x, w, b = matrix(4, 3, 1), matrix(5, 3).requires_grad_(False), nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    forward = lambda linear: linear(x, w, b).square()  # noqa: E731
+    wanted = gradients(F.linear, forward, x, b)
+    _, got = deferred(forward, x, b)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+    assert w.grad is None
+
+
+def test_what_runs_in_the_middle_of_a_backward_is_right():
+    """As between the layers of a cut model: the weights' gradients run while an activation's travels."""
+    x, w1, w2 = matrix(4, 3, 2), matrix(6, 3), matrix(2, 6, 1)
+    deferral = Deferral()
+
+    def forward(linear):
+        y = linear(x, w1)
+        if linear == deferral.linear:
+            y.register_hook(lambda _: deferral.now.run())
+        return linear(y, w2).square()
+
+    wanted = gradients(F.linear, forward, w1, w2)
+    weights = deferral.begin()
+    before = gradients(deferral.linear, forward, w1, w2)
+    assert before[0] is None and before[1] is not None
+    weights.finish()
+    torch.testing.assert_close([w1.grad, w2.grad], wanted, rtol=0, atol=1e-14)
