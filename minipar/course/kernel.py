@@ -13,21 +13,6 @@ from nbval.kernel import RunningKernel
 
 from .tasks import CourseError
 
-# What the kernel does before it listens: the process that ranks are forked from starts (with what `minipar.crew` has
-# it load), and imports torch while the kernel does; one after the other they take twice as long. The kernel's own
-# tensors are small, and a second thread would take a core from the ranks.
-LAUNCH = """\
-import sys
-from multiprocessing import forkserver
-if sys.platform == "linux":
-    forkserver.set_forkserver_preload(['torch._dynamo', 'minipar.rank', 'minipar.train'])
-    forkserver.ensure_running()
-import minipar.course, torch
-torch.set_num_threads(1)
-from ipykernel.kernelapp import launch_new_instance
-launch_new_instance()
-"""
-
 
 class KernelDied(Exception):
     """The kernel's process has ended."""
@@ -39,7 +24,8 @@ class CellFailed(CourseError):
 
 class _ThisPython(KernelSpecManager):
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [sys.executable, "-c", LAUNCH, "-f", "{connection_file}", "--log-level=40"]
+        launch = "from minipar.course.launch import main; main()"
+        argv = [sys.executable, "-c", launch, "-f", "{connection_file}", "--log-level=40"]
         return KernelSpec(argv=argv, display_name="minipar", language="python")
 
 

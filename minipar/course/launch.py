@@ -1,0 +1,52 @@
+"""What a kernel for grading does before it listens: it imports torch once, for itself and for the ranks.
+
+The process that ranks are forked from is a fork of the kernel, made before there is anything that forks badly. A
+fresh one would import torch once more.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from multiprocessing import forkserver, resource_tracker, util
+from typing import Any
+
+
+def main() -> None:
+    """Become a kernel."""
+    import torch
+
+    from .. import crew, train  # noqa: F401
+
+    with _forking():
+        crew.warm()
+    torch.set_num_threads(1)  # its tensors are small, and a second thread would take a core from the ranks
+    from ipykernel.kernelapp import launch_new_instance
+
+    launch_new_instance()
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """The server of forks starts as a fork of this process, in place of a fresh Python."""
+    resource_tracker.ensure_running()  # one that is fresh
+    spawn: Any = util.spawnv_passfds
+    util.spawnv_passfds = _fork  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = spawn
+
+
+def _fork(path: bytes, args: Sequence[Any], fds: Sequence[int]) -> int:
+    """Run the last argument, the source of the server, in a fork that keeps these files only. Its process id."""
+    if pid := os.fork():
+        return pid
+    try:
+        for before, after in pairwise(sorted({2, *fds, os.sysconf("SC_OPEN_MAX")})):
+            os.closerange(before + 1, after)
+        for one in (forkserver._forkserver, resource_tracker._resource_tracker):
+            type(one).__init__(one)  # else it would hold the kernel's lock and files
+        exec(args[-1], {})
+    finally:
+        os._exit(0)
