@@ -10,6 +10,7 @@ from laws import batch_of, model_of
 
 from minipar import Config, Mesh, World, connect, gpt, ledger, one_f_one_b, parallelize, rings
 from minipar import collectives as c
+from minipar.board import DEPTH
 from minipar.data import Gradients
 from minipar.transport import Done, Torch
 
@@ -138,6 +139,25 @@ def test_messages_arrive_whole_and_in_order_from_each_side(world):
 
     for me, got in enumerate(world.run(exchange)):
         assert got == {i: [10.0 * i + 1, 10.0 * i + 2] for i in range(world.n) if i != me}
+
+
+def test_a_sender_may_be_far_ahead(world2):
+    """The board remembers the last calls along a line only: a message that it has forgotten is not a mismatch."""
+
+    def exchange(messages):
+        axis = connect(Mesh(dp=2))["dp"]
+        xs = [torch.full((1 + i % 3,), float(i)) for i in range(messages)]
+        if axis.index == 0:
+            sending = [c.isend(x, axis, 1) for x in xs]
+            c.recv(torch.empty(1), axis, 1)  # comes after all of them
+            for pending in sending:
+                pending.wait()
+            return True
+        # Wait for news by another way, so that this rank makes its first call when all messages are on the board.
+        c.send(torch.zeros(1), axis, 0)
+        return all(c.recv(torch.empty_like(x), axis, 0).equal(x) for x in xs)
+
+    assert world2.run(exchange, 3 * DEPTH + 1) == [True, True]
 
 
 def test_blocking_messages_go_around(world):
@@ -412,6 +432,16 @@ def test_buckets_leave_while_backward_still_runs(world2):
 
     for buckets, in_last_backward, during in world2.run(moments):
         assert in_last_backward and during == buckets > 3
+
+
+def test_a_step_leaves_nothing_under_way(world4):
+    def ends():
+        parallel = parallelize(model_of(SHAPE), Mesh(dp=2, pp=2), microbatches=2)
+        with ledger() as book:
+            parallel.step(*batch_of(SHAPE, ROWS, LENGTH))
+        return [(e.op, e.axis) for e in book.entries if not e.end >= e.start]
+
+    assert world4.run(ends) == [[]] * 4
 
 
 def test_gradients_are_views_into_one_buffer():

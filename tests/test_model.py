@@ -111,6 +111,16 @@ def test_clipping_is_that_of_torch_in_one_process(world4, most, tied):
             assert differences(gradients, wanted) == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_summed_in_double_precision(dtype):
+    """Squares of small numbers, very many of them: bfloat16 would stop counting at 256 times the first."""
+    model = gpt(Config(vocab=64, depth=1, width=32, heads=2)).to(dtype)
+    parallel = parallelize(model, Mesh())
+    parallel.step(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16))
+    wanted = torch.cat([p.grad.double().flatten() for p in parallel.parameters()]).norm().item()
+    assert parallel.clip_gradients(1e9).item() == pytest.approx(wanted, rel=1e-12)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_go_from_layout_to_layout_bit_for_bit(world4, tied):
     state = tiny(tied=tied).state_dict()

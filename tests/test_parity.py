@@ -329,6 +329,39 @@ def test_a_weight_that_all_blocks_share_gets_the_sum_of_their_gradients(world4):
     assert problems(world4, DEEP, sharing, *batch_of(TINY, 11, 7)) == []
 
 
+def test_a_shared_weight_may_be_cut(world4):
+    """Its gradient is put off four times in a backward, and the data axis must wait for the last."""
+    layouts = [{"mesh": Mesh(tp=4)}, {"mesh": Mesh(dp=2, tp=2), "microbatches": 2}, {"mesh": Mesh(pp=2, tp=2)}]
+    plan = {"blocks.*.own": "colwise", "blocks.*.shared": "rowwise"}
+    assert problems(world4, layouts, sharing, *batch_of(TINY, 11, 7), plan=plan) == []
+
+
+class Mixed(nn.Module):
+    """float32 in the middle of float64, in one stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.single, self.head = nn.Embedding(19, 8).double(), nn.Linear(8, 8), nn.Linear(8, 19).double()
+
+    def forward(self, ids):
+        return self.head(self.single(self.embed(ids).float()).double())
+
+
+def test_a_stage_may_hold_several_dtypes(world4):
+    def mixed():
+        torch.manual_seed(0)
+        model = parallelize(Mixed(), Mesh(dp=4))
+        model.step(*batch_of(TINY, 11, 7))
+        return model.full_gradients()
+
+    torch.manual_seed(0)
+    wanted = alone(Mixed(), *batch_of(TINY, 11, 7)).gradients
+    for got in world4.run(mixed):
+        assert {name: g.dtype for name, g in got.items()} == {name: g.dtype for name, g in wanted.items()}
+        for name, g in got.items():
+            torch.testing.assert_close(g, wanted[name], rtol=1e-4, atol=1e-6)
+
+
 def test_copies_of_a_shared_weight_stay_equal(world4):
     def train():
         parallel = parallelize(sharing(), Mesh(pp=4), microbatches=2)

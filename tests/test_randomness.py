@@ -93,6 +93,24 @@ def test_tensor_ranks_draw_the_same_outside_the_cut_region_and_their_own_inside(
     assert len(of(first, "outside")) == 8
 
 
+def test_no_two_streams_have_one_seed(world4):
+    """Masks of unlike sizes cannot be compared, seeds can: the copies outside share theirs, and nothing else does."""
+
+    def seeds():
+        parallel, seen = build(mesh=Mesh(dp=2, tp=2), microbatches=2), []
+        begin = parallel.streams.begin
+        parallel.streams.begin = lambda *both: (seen.append(both), begin(*both))
+        parallel.step(*batch())
+        return seen
+
+    answers = world4.run(seeds)
+    inside = [seed for seen in answers for _, seed in seen]
+    outside = [[seed for seed, _ in seen] for seen in answers]
+    assert outside[0] == outside[1] and outside[2] == outside[3]
+    distinct_outside = outside[0] + outside[2]
+    assert len({*inside, *distinct_outside}) == len(inside) + len(distinct_outside) == 12
+
+
 def test_parts_of_a_sequence_draw_their_own_everywhere(world2, world4):
     for world, tp in ((world2, 2), (world4, 4)):
         answers = world.run(masks_of_two_steps, mesh=Mesh(tp=tp), microbatches=2, sequence_parallel=True)

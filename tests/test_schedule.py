@@ -199,11 +199,24 @@ def broken(kind):
         first[i], first[j] = first[j], first[i]
         i, j = (first.index(Action(Op.B, 1, m)) for m in (0, 1))
         first[i], first[j] = first[j], first[i]
+    elif kind == "of B in another order":
+        order = gpipe(3, 4)
+        i, j = (order[1].index(Action(Op.B, 1, m)) for m in (0, 1))
+        order[1][i], order[1][j] = order[1][j], order[1][i]
     return order
 
 
 @pytest.mark.parametrize(
-    "kind", ["repeats", "leaves out", "belongs to no microbatch", "before", "on rank", "in another order"]
+    "kind",
+    [
+        "repeats",
+        "leaves out",
+        "belongs to no microbatch",
+        "before",
+        "on rank",
+        "in another order",
+        "of B in another order",
+    ],
 )
 def test_a_schedule_that_is_wrong_is_refused(kind):
     with pytest.raises(ValueError, match=kind) as report:
