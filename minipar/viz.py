@@ -15,6 +15,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -31,6 +32,7 @@ from .timeline import Timeline
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 INK, PALE, LINE = "#222222", "#F2F2F2", "#666666"
 CENTER: dict[str, Any] = {"ha": "center", "va": "center", "color": INK}
+WIDTH = 8.0  # inches: about what fits beside the prompts of a notebook
 DPI = 100  # of every picture in a notebook: fixed, so that a rebuilt notebook holds the same bytes
 
 
@@ -100,11 +102,15 @@ def show(drawing: Figure, alt: str | None = None) -> None:
 
 
 def show_source(*functions: Callable[..., object]) -> None:
-    """Display functions of the package as they stand in its files."""
+    """Display functions of the package as they stand in its files, after a line that names those."""
     from IPython.display import Markdown, display
 
     text = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
-    display(Markdown(f"```python\n{text}\n```"))
+    # JupyterLab would break long lines within a word. In a box as wide as the longest line they scroll.
+    wide = 0.62 * max(map(len, text.splitlines()))
+    files = dict.fromkeys(f"`minipar/{Path(inspect.getfile(function)).name}`" for function in functions)
+    code = f'<div style="min-width: {wide:.0f}em">\n\n```python\n{text}\n```\n\n</div>'
+    display(Markdown(f"From {', '.join(files)}:\n\n{code}"))
 
 
 def _lighter(color: str, share: float) -> tuple[float, float, float]:
@@ -308,15 +314,29 @@ def draw_ring(ranks: int, step: int) -> Figure:
 def draw_tensors(states: Mapping[str, Sequence[Sequence[float]]], hue: Callable[[float], int]) -> Figure:
     """What every rank holds, side by side for several moments: a row a rank, a box a number.
 
+    What does not fit beside the others begins a new line of pictures.
+
     Args:
         states: for each title, one list of numbers a rank; the lists of a rank may have any length.
         hue: the number of the palette's color for a value, so that values that belong together look alike.
     """
     widest = [max(map(len, rows)) for rows in states.values()]
     ranks = max(map(len, states.values()))
-    drawing = Figure(figsize=(0.62 * sum(widest) + 0.55 * len(states) + 0.5, 0.4 * ranks + 0.6), layout="constrained")
-    panels = drawing.subplots(1, len(states), width_ratios=widest, squeeze=False)[0]
-    for panel, (title, rows), wide in zip(panels, states.items(), widest, strict=True):
+    box, margin, gap, high = 0.52, 0.45, 0.4, 0.4 * ranks + 0.4  # inches; high: a line of pictures with its titles
+    places, line, left = [], 0, margin
+    for title, wide in zip(states, widest, strict=True):
+        if left > margin and left + box * wide > WIDTH:
+            line, left = line + 1, margin
+        places.append((line, left))
+        left += max(box * wide, 0.07 * len(title)) + gap
+    width = max(
+        left + max(box * wide, 0.07 * len(t)) for (_, left), wide, t in zip(places, widest, states, strict=True)
+    )
+    width, height = width + 0.1, (line + 1) * high + 0.05
+    drawing = Figure(figsize=(width, height))
+    for (line, left), (title, rows), wide in zip(places, states.items(), widest, strict=True):
+        bottom = height - (line + 1) * high
+        panel = drawing.add_axes((left / width, bottom / height, box * wide / width, 0.4 * ranks / height))
         for rank, row in enumerate(rows):
             for i, value in enumerate(row):
                 color = _lighter(PALETTE[hue(value)], 0.35)
@@ -327,8 +347,9 @@ def draw_tensors(states: Mapping[str, Sequence[Sequence[float]]], hue: Callable[
         panel.set_yticks([r + 0.5 for r in range(ranks)], [f"{r}" for r in range(ranks)])
         panel.tick_params(length=0, labelsize=8)
         panel.spines[:].set_visible(False)
-        panel.set_title(title, fontsize=9)
-    panels[0].set_ylabel("rank", fontsize=8)
+        panel.set_title(title, fontsize=9, loc="left")
+        if left == margin:
+            panel.set_ylabel("rank", fontsize=8)
     listed = (
         f"{title}: " + "; ".join(", ".join(f"{v:g}" for v in row) for row in rows) for title, rows in states.items()
     )

@@ -97,8 +97,8 @@ class Tab:
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         self.page.wait_for_function(
-            """() => { const cells = [...document.querySelectorAll(".jp-Notebook .jp-CodeCell")];
-                const prompts = cells.map(c => c.querySelector(".jp-InputPrompt").textContent);
+            """() => { const found = document.querySelectorAll(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt");
+                const prompts = [...found].map(p => p.textContent);  // a folded cell has none
                 return prompts.length > 0 && prompts.every(p => /\\[\\d+\\]/.test(p)); }""",
             timeout=seconds * 1000,
         )
