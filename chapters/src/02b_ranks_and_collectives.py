@@ -17,7 +17,9 @@
 #
 # **How to read it.** Before most runs you are asked for a prediction. Write it into the cell (`prediction = ...`)
 # before you go on. A wrong prediction that you wrote down teaches more than a right answer that you read. The outputs
-# of an earlier run stand below the cells; *Edit → Clear Outputs of All Cells* hides them.
+# of an earlier run stand below the cells; *Edit → Clear Outputs of All Cells* hides them. Four times you are asked to
+# write a function yourself. One answer follows in a cell that is folded: run it as any other, and click on its three
+# dots to read it.
 #
 # ## Three questions to warm up
 #
@@ -262,10 +264,15 @@ except RankError as report:
 # *root*, has a tensor, and afterwards all have it. Training often begins with one: every rank must start from the
 # same weights.
 #
-# From here on we use minipar's own `send` and `recv`. They call `dist` underneath, return a tensor instead of filling
-# one, and differ in two ways. They talk along an **axis**, which is a line of ranks; for now there is one axis with
-# all four ranks on it. And they keep a **ledger**: who sent how many bytes. The next cell makes a function that runs
-# an operation on every rank with the ledger open.
+# From here on we use minipar's own functions. They call `dist` underneath:
+#
+# - `send(x, axis, to=1)`: send tensor `x` to the rank with index 1.
+# - `recv(like, axis, source=0)`: wait for a tensor from index 0, and return it. The argument `like` is only a model
+#   for its shape and dtype. None of its numbers is read, and none is changed.
+#
+# They talk along an **axis**, which is a line of ranks: `axis.size` is how many stand on it, and `axis.index` is this
+# rank's place. For now there is one axis, with all four ranks on it. And they keep a **ledger**: who sent how many
+# bytes. The next cell makes a function that runs an operation on every rank with the ledger open.
 
 
 # %%
@@ -288,15 +295,29 @@ def counted(operation, count, where=world):
 
 
 # %% [markdown] lang="en"
-# **Question.** Write broadcast with `send` and `recv`. For a tensor of $M$ bytes and four ranks: how many times $M$
-# does rank 0 send?
+# **Your turn.** Write broadcast with `send` and `recv`: on every rank, return the `x` of rank 0. If your ranks wait for
+# each other, you get the report of section 3 after five seconds, and can go on at once.
 #
-# The attempt that comes to mind first: the root sends to each in turn.
+# **Question.** For a tensor of $M$ bytes and four ranks: how many times $M$ does rank 0 send?
 
 # %%
 prediction = None  # bytes that ranks 0 to 3 send, in units of M
 
 
+def my_broadcast(x, axis):
+    return x  # your lines in place of this one
+
+
+results, sent = counted(my_broadcast, 1_000)
+right = [rank for rank in range(4) if torch.equal(results[rank], numbers(0, 1_000))]
+print("right on ranks:", right)
+
+# %% [markdown] lang="en"
+# The attempt that comes to mind first is folded below: the root sends to each in turn.
+
+
+# %% jupyter={"source_hidden": true}
+# One answer: the root sends to each in turn
 def broadcast_by_hand(x, axis):
     if axis.index > 0:
         return recv(x, axis, source=0)
@@ -393,6 +414,8 @@ print("you wrote:", prediction, "- sent, in units of M:", [sent / M for sent in 
 # how many are there 16?
 
 # %%
+prediction = None  # (steps until the first, steps until all 16)
+
 widgets.ring_explorer()
 
 # %% [markdown] lang="en"
@@ -400,7 +423,7 @@ widgets.ring_explorer()
 
 # %%
 complete = [sum(len(copy) == 4 for row in viz.ring_state(4, step).held for copy in row) for step in range(7)]
-print("complete copies after step 0 to 6:", complete)
+print("you wrote:", prediction, "- complete copies after step 0 to 6:", complete)
 assert complete == [0, 0, 0, 4, 8, 12, 16]
 for n in (4, 64, 1024):
     print(f"{n:>5} ranks: each sends {2 * (n - 1) / n:.3f} M, rank 0 of the first attempt {n - 1:>5} M")
@@ -421,9 +444,27 @@ for n in (4, 64, 1024):
 # One step needs the exchange from section 3: start sending to the right, receive from the left. Which chunk leaves?
 # Rank $r$ must end with chunk $r$. So its last *incoming* chunk is $r$, the one before is $r+1$, and what comes in at
 # one step leaves at the next. At step $s$ rank $r$ sends chunk $r-1-s$ (modulo $n$) and receives chunk $r-2-s$.
+#
+# **Your turn.** minipar's `isend(x, axis, to=...)` and `irecv(like, axis, source=...)` start a transfer, as in section
+# 3. The `wait()` of the second one returns what came.
 
 
 # %%
+def my_reduce_scatter(x, axis):
+    n = axis.size
+    chunks = list(x.chunk(n))
+    # your lines here: in each of n - 1 steps one chunk leaves, and one comes
+    return chunks[axis.index]
+
+
+results, sent = counted(my_reduce_scatter, 1_000)
+parts = sum(numbers(rank, 1_000) for rank in range(4)).chunk(4)
+right = [rank for rank in range(4) if torch.allclose(results[rank], parts[rank], atol=1e-5)]
+print("right on ranks:", right)
+
+
+# %% jupyter={"source_hidden": true}
+# One answer: reduce-scatter on a ring
 def reduce_scatter_by_hand(x, axis):
     n, right, left = axis.size, (axis.index + 1) % axis.size, (axis.index - 1) % axis.size
     chunks = list(x.chunk(n))
@@ -441,17 +482,34 @@ print("numbers held by each rank:", [y.numel() for y in results], "- sent, in un
 assert set(sent) == {3 * M // 4}
 
 # %% [markdown] lang="en"
-# **Your turn, in a new cell:** write `all_gather_by_hand(x, axis)` the same way, in at most 15 lines. It gets this
-# rank's chunk and returns all of them, in order. At step $s$ rank $r$ passes on chunk $r - s$. Check it with
-# `results, sent = counted(all_gather_by_hand, 1000)`: every result must equal
-# `torch.cat([numbers(r, 1000) for r in range(4)])`. Then compare with the package's version:
+# **Your turn:** write the second half the same way, in at most 15 lines. `my_all_gather` gets this rank's chunk and
+# returns all of them, in order, as one tensor. At step $s$ rank $r$ passes on chunk $r - s$.
+
 
 # %%
+def my_all_gather(x, axis):
+    chunks = [torch.zeros_like(x) for _ in range(axis.size)]
+    chunks[axis.index] = x
+    # your lines here
+    return torch.cat(chunks)
+
+
+results, sent = counted(my_all_gather, 1_000)
+together = torch.cat([numbers(rank, 1_000) for rank in range(4)])
+print("right on ranks:", [rank for rank in range(4) if torch.equal(results[rank], together)])
+
+# %% [markdown] lang="en"
+# The package's version of both halves, and of the whole. It is the output of the next cell, and folded until you run
+# that.
+
+# %% jupyter={"outputs_hidden": true}
 viz.show_source(rings._shift, ring_reduce_scatter, ring_all_gather, ring_all_reduce)
+
+# %%
 print("5 numbers, cut for 4 ranks by chunk:", [len(piece) for piece in torch.ones(5).chunk(4)])
 
 # %% [markdown] lang="en"
-# What it does better than our attempt, and why:
+# What the package does better than our attempt, and why:
 #
 # - It receives *before* it sends (`_shift`): a receive that is posted early lets the data go straight to its place.
 # - It takes tensors of any size: `ring_all_reduce` adds zeros until the ranks divide it, and cuts them off at the
@@ -463,11 +521,14 @@ print("5 numbers, cut for 4 ranks by chunk:", [len(piece) for piece in torch.one
 # Let us look at real numbers. Rank 0 holds 1000, 2000, 3000, 4000, rank 1 holds 100 to 400, rank 2 holds 10 to 40,
 # rank 3 holds 1 to 4. In a sum, the place of a digit tells whose number is in it, and the digit tells which chunk.
 #
-# **Predict** the four pictures behind the first before you run the cell: what do ranks 0 to 3 hold after a broadcast
+# **Predict** the four pictures behind the first before you run the cell: what does each rank hold after a broadcast
 # from rank 0, after an all-reduce, after a reduce-scatter, and after an all-gather of what the reduce-scatter gave?
-
+# Write down rank 1's.
 
 # %%
+prediction = None  # what rank 1 holds after each of the four: [[...], [...], [...], [...]]
+
+
 def four_collectives():
     axis = connect(Mesh(dp=4))["dp"]
     mine = 10.0 ** (3 - axis.index) * torch.arange(1, 5)
@@ -484,6 +545,8 @@ def four_collectives():
 
 held = world.run(four_collectives)
 assert all(h["then all_gather"] == h["all_reduce"] == [1111, 2222, 3333, 4444] for h in held)
+print("you wrote:", prediction)
+print("rank 1:   ", *list(held[1].values())[1:])
 states = {title: [h[title] for h in held] for title in held[0]}
 viz.show(viz.draw_tensors(states, hue=lambda value: int(str(value)[0]) - 1))
 
@@ -493,6 +556,9 @@ viz.show(viz.draw_tensors(states, hue=lambda value: int(str(value)[0]) - 1))
 # sum. A rank
 # that does its work *there*, on 1/n of the numbers, before the all-gather, saves memory and sends nothing more. That
 # is the idea behind ZeRO and FSDP.
+#
+# Here are all collectives so far, and one more, which section 7 and later chapters use: in an **all-to-all** each rank
+# cuts its tensor into $n$ pieces and sends piece $i$ to rank $i$. Nothing is summed.
 #
 # | collective | a rank brings | a rank gets | a rank sends |
 # |---|---|---|---|
@@ -614,8 +680,10 @@ viz.show_source(reduce_scatter)
 # **Predict:** which of the two is faster for 4 bytes on your machine? The times below are your own: they depend on
 # your machine, and on what else it does.
 
-
 # %%
+prediction = None  # "by hand" or "ring"
+
+
 def seconds(operation, count, repeats=7):
     axis, taken = connect(Mesh(dp=4))["dp"], []
     x = torch.ones(count)
@@ -632,6 +700,8 @@ times = {
     operation.__name__: [max(world.run(seconds, operation, count)) for count in sizes]
     for operation in (all_reduce_by_hand, ring_all_reduce, all_reduce)
 }
+told = ", ".join(f"{name} {1e3 * taken[0]:.2f} ms" for name, taken in times.items())
+print(f"you wrote: {prediction} - 4 bytes took: {told}")
 
 # %%
 drawing, (panel,) = viz.figure(7, 3.4)
@@ -694,11 +764,22 @@ viz.show(viz.draw_mesh(mesh, "tp"))
 # Tensor parallelism talks in every layer, and neighboring ranks sit in the same machine, where links are fastest.
 # `dp` talks once a step, and can live with the slow links between machines.
 #
-# **Attempt.** Write `coordinate(rank, shape)` in at most 15 lines, from division and remainder alone. The last
-# axis varies fastest.
+# **Your turn.** Write `my_coordinate(rank, shape)` in at most 15 lines, from division and remainder alone. It gives a
+# rank's place along each axis. The last axis varies fastest: with the shape `{"dp": 2, "tp": 4}`, rank 6 stands at
+# `{"dp": 1, "tp": 2}`.
 
 
 # %%
+def my_coordinate(rank, shape):
+    return dict.fromkeys(shape, 0)  # your lines in place of this one
+
+
+right = [rank for rank in range(8) if my_coordinate(rank, mesh.shape) == mesh.coordinate(rank)]
+print("right for ranks:", right)
+
+
+# %% jupyter={"source_hidden": true}
+# One answer: the fastest axis first
 def coordinate(rank, shape):
     place = {}
     for axis, size in reversed(shape.items()):
@@ -708,6 +789,12 @@ def coordinate(rank, shape):
 
 for layout in (Mesh(dp=2, pp=2, tp=2), Mesh(dp=4, tp=2), Mesh(dp=2, pp=2, ep=2, cp=2, tp=2)):
     assert all(coordinate(rank, layout.shape) == layout.coordinate(rank) for rank in range(layout.size))
+print("right on three meshes")
+
+# %% [markdown] lang="en"
+# The package's version of it, and of `line`, which you called above. Again, it is folded until you run the cell.
+
+# %% jupyter={"outputs_hidden": true}
 viz.show_source(Mesh.coordinate, Mesh.line)
 
 # %% [markdown] lang="en"
@@ -719,10 +806,15 @@ viz.show_source(Mesh.coordinate, Mesh.line)
 # group of rank 6?
 
 # %%
+prediction = None  # the ranks
+
 widgets.mesh_explorer()
 
+# %%
+print("you wrote:", prediction, "- the dp group of rank 6:", Mesh(dp=2, tp=4).line("dp", 6))
+
 # %% [markdown] lang="en"
-# Ranks 2 and 6: they differ by 4, the size of `tp`.
+# They differ by 4, the size of `tp`.
 #
 # Now with processes. `connect(mesh)` gives each rank its axes, one object per line that it stands on. Every
 # collective of this chapter takes such an axis. We sum the rank numbers along each axis.
@@ -741,7 +833,6 @@ def sums_along(mesh, count):
     return sums, {name: book.bytes(name) for name in sums}
 
 
-assert Mesh(dp=2, tp=4).line("dp", 6) == (2, 6)  # the answer above
 with World(8) as eight:
     answers = eight.run(sums_along, mesh, 1_000)
 print("you wrote:", prediction, "- rank 5 got", answers[5][0])
@@ -766,9 +857,9 @@ print("the ledger of rank 5, bytes by axis:", answers[5][1])
 # - **ledger**: the bytes a rank sent, by axis; the loopback's counter agrees.
 #
 # **Exercises.** The graded tasks begin with the next chapter, in [its exercise
-# notebook](../exercises/03a_data_parallel.ipynb). Before you go there, three things to try here, in new cells: write
-# `all_gather_by_hand` (section 5), if you have not; make the deadlock of section 3 with two ranks, and mend it; write
-# `broadcast_by_hand` so that each rank passes the tensor on to its right neighbor, and say when that beats the tree.
+# notebook](../exercises/03a_data_parallel.ipynb). Before you go there, three things to try here: write `my_all_gather`
+# (section 5), if you have not; make the deadlock of section 3 with two ranks, and mend it; write `my_broadcast`
+# (section 4) so that each rank passes the tensor on to its right neighbor, and say when that beats the tree.
 #
 # ## Three questions to take along
 #

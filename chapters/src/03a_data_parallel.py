@@ -33,6 +33,7 @@
 # </details>
 
 # %%
+import itertools
 import tempfile
 import time
 
@@ -513,6 +514,8 @@ viz.show(drawing, alt)
 # **Before you move it:** which size wins on the slow network, and does the same one win on the fast one?
 
 # %%
+prediction = None  # the best size on the (slow, fast) network
+
 ready = [0.2 * t / records["512 KiB"][0][-1] for t in records["512 KiB"][0]]
 networks = {  # latency and bandwidth
     "0.5 ms, 0.1 GB/s": (5e-4, 1e8),
@@ -554,6 +557,7 @@ explore(draw_estimate, network=networks, bucket=list(limits))
 slow, _, fast = networks
 best = min(limits, key=lambda bucket: late(bucket, slow))
 spread = max(late(bucket, fast) for bucket in limits)
+print("you wrote:", prediction)
 print(f"slow network: {best} wins; fast network: no size ends more than {spread:.1f} ms after backward")
 assert best not in ("a tensor each", "all in one") and spread < 5
 
@@ -968,7 +972,7 @@ for n in (1, 64, 1024):
     print(f"{n:>5,} ranks: sending {sending:.2f} s, step {step:6.2f} s, all GPUs {n * step:.0f} s")
 
 # %% [markdown] lang="en"
-# **Before you move it:** on which network, and with which way of counting tokens, do 1,024 ranks still pay off?
+# The same for any number of ranks, as a picture. It needs a function:
 
 
 # %%
@@ -994,7 +998,20 @@ def draw_step(network, tokens):
     return viz.describe(drawing, text)
 
 
+# %% [markdown] lang="en"
+# **Before you move it:** 1,024 ranks compute for some share of each step, and wait for the network in the rest. On
+# which network, and with which way of counting tokens, is the share more than nine tenths?
+
+# %%
+prediction = None  # for instance ["10 Gbit/s, for all", "400 Gbit/s, a rank"]
+
 explore(draw_step, network=NETWORKS, tokens=PER_STEP)
+
+# %%
+print("you wrote:", prediction)
+for network, (counting, per_rank) in itertools.product(NETWORKS, PER_STEP.items()):
+    forward, backward, _, step = step_seconds(7e9, per_rank(1024), 1024, network)
+    print(f"{network:<22} {counting:<18} computing {(forward + backward) / step:4.0%} of the step")
 
 # %% [markdown] lang="en"
 # With a fixed number of tokens for all, computing shrinks with every rank that you add and sending does not. Where the
