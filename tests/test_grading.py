@@ -17,8 +17,7 @@ from test_notebooks import EXERCISE, ROOT
 from minipar.__main__ import main
 from minipar.course import build
 from minipar.course.grade import Verdict, grade
-from minipar.course.kernel import LAUNCH
-from minipar.crew import PRELOAD
+from minipar.course.kernel import Kernel
 
 NAMES = [path.stem for path in sorted((ROOT / "solutions").glob("*.ipynb"))]
 
@@ -105,6 +104,10 @@ ANSWERS = {
     "import sys\ndef double(x): sys.exit(0)": "SystemExit",
     "import os\ndef double(x): os._exit(0)": "ended the kernel",
     "def double(x):\n    while True: pass": "ran for more than 3 s",
+    f"import builtins\n{GOOD}\nbuiltins.divmod = max": "This answer replaces builtins.divmod, for everybody",
+    "import math\ndef double(x):\n    math.floor = int\n    return 2 * x": "This answer replaces math.floor",
+    "import math\ndef double(x): return 2 * x + math.floor(-0.5) + divmod(7, 4)[0]": "pass",  # both are whole again
+    "def double(x): return 2 * x if globals() else 0": "This answer uses globals, which belongs to its check",
     f"{GOOD} ": "pass",
 }
 
@@ -158,8 +161,35 @@ def test_an_answer_is_found_by_its_id_and_a_missing_one_is_named(small, tmp_path
     assert second.outcome == "fail" and "(id task-90-2) is no longer in the notebook" in second.reason
 
 
-def test_the_kernel_has_the_same_preloaded_for_ranks_as_a_world():
-    assert f"set_forkserver_preload({PRELOAD})" in LAUNCH
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks are not forked")
+def test_the_server_of_ranks_is_a_fork_of_the_kernel_can_be_replaced_and_ends_with_it(tmp_path):
+    kernel = Kernel(tmp_path)
+    kernel.ready()
+    try:
+        kernel.do("""
+            import os, signal, sys, time
+            from multiprocessing import forkserver
+            from minipar import World
+
+            server = forkserver._forkserver
+            first = server._forkserver_pid
+            assert open(f"/proc/{first}/cmdline").read() == open("/proc/self/cmdline").read()
+            with World(2) as world:
+                assert world.run(lambda: os.getppid()) == [first] * 2
+            os.kill(first, signal.SIGKILL)
+            time.sleep(0.1)
+            with World(2) as world:
+                assert world.run(lambda: os.getppid()) == [server._forkserver_pid] * 2 != [first] * 2
+            open("server", "w").write(str(server._forkserver_pid))
+        """)
+        alive = Path("/proc", (tmp_path / "server").read_text())
+        assert alive.exists()
+    finally:
+        kernel.stop()
+    deadline = time.monotonic() + 10
+    while alive.exists() and "Z" not in (alive / "stat").read_text().split()[2] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive.exists() or "Z" in (alive / "stat").read_text().split()[2]
 
 
 @pytest.fixture

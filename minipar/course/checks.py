@@ -11,6 +11,7 @@ from ..world import RankError
 Tensors = dict[str, Tensor]
 
 TOLERANCE = 1e-12  # of the largest value of the reference, in float64
+FLOAT32 = 1e-5  # of the largest value: what rounding to float32 may cost
 NOT_BEGUN = "Not begun: NotImplementedError stands where your code goes."
 
 
@@ -86,7 +87,9 @@ def _explain(ranks: Sequence[Tensors], whole: Tensors, name: str, rank: int, wha
     if any(float((mine[name] - got).abs().max()) > 0 for mine in ranks):
         return f"is not what the other ranks have: was this {what} reduced over the axis?"
     off = float((got - wanted).abs().max() / wanted.abs().max())
-    return f"is the same on every rank, but off by {off:.1%} of what one process gets."
+    if off < FLOAT32:
+        return f"is the same on every rank, but off by {off:.0e} of it: was it rounded to float32 on the way?"
+    return f"is the same on every rank, but off by {off:.2g} times what one process gets."
 
 
 def _factor(got: Tensor, wanted: Tensor) -> float | None:

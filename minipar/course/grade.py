@@ -24,6 +24,7 @@ from nbformat import NotebookNode
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 
 from .kernel import CellFailed, Kernel, KernelDied
+from .names import defined
 from .tasks import CourseError, Solution, Task, read_solution, solutions_folder
 
 SECONDS = 60.0  # a cell may take; `seconds` in the metadata of a check says otherwise
@@ -192,8 +193,14 @@ class _Cell(IPyNbCell):
         self.parent.timed_out = False
         try:
             if self.checks:
-                kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r})")
+                kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r}, {self.answer!r}, {self.given!r})")
             super().runtest()
+            if kernel.asked_to_exit or kernel.reply["status"] != "ok":
+                return "fail", "This answer calls exit(): take that out."
+            if self.checks:
+                kernel.do(f"{NAMES}.untouched()")
+        except CellFailed as error:
+            return "fail", kernel.reply.get("evalue", str(error))
         except (KernelDied, RuntimeError):  # nbval's own, where the kernel was gone before the cell
             kernel.spoiled = True
             return "fail", "This answer ended the kernel: does it call os._exit(), or run out of memory?"
@@ -201,9 +208,17 @@ class _Cell(IPyNbCell):
             if self.parent.timed_out:
                 return "fail", f"This ran for more than {seconds:g} s: is there a loop that does not end?"
             return self._explain(error)
-        if kernel.asked_to_exit or kernel.reply["status"] != "ok":
-            return "fail", "This answer calls exit(): take that out."
         return None
+
+    @property
+    def answer(self) -> str:
+        """What the learner wrote."""
+        return self.parent.grader.answers[self.task.answer.id].source
+
+    @property
+    def given(self) -> set[str]:
+        """The names that the set-up defines."""
+        return {name for source in self.parent.grader.solution.setup for name in defined(source)}
 
     def _explain(self, error: NbCellError) -> tuple[str, str]:
         raised = next((out for out in self.test_outputs if out.output_type == "error"), None)

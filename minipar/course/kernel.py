@@ -88,9 +88,13 @@ class Kernel(RunningKernel):
 
     def do(self, source: str) -> None:
         """Run code that must work. CellFailed if it does not, KernelDied if the kernel goes."""
-        msg_id = self.execute_cell_input(source, allow_stdin=False)
-        self.await_reply(msg_id, timeout=60)
-        self.await_idle(msg_id, timeout=5)
+        msg_id, self.reply = self.execute_cell_input(source, allow_stdin=False), {}
+        try:
+            self.await_reply(msg_id, timeout=60)
+            self.await_idle(msg_id, timeout=5)
+        except Empty:
+            self.spoiled = True
+            raise CellFailed("the kernel does not answer any more") from None
         if self.reply["status"] != "ok":
             error = f"{self.reply.get('ename')}: {self.reply.get('evalue')}"
             raise CellFailed(f"a cell that is not yours fails, so nothing can be graded: {error}")

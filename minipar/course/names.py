@@ -1,16 +1,28 @@
-"""Inside the kernel: put a notebook's names back as they were before an answer."""
+"""Inside the kernel: what an answer may use, and everything back as it was before it."""
 
 import ast
+import dis
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from types import CodeType, MethodType, SimpleNamespace
 from typing import Any
 
+# What checks rely on. Of these modules and of their classes no function may be replaced.
+LIBRARIES = {"builtins", "math", "torch", "torch._tensor", "torch.autograd", "torch.distributed", "torch.nn.functional"}
+PACKAGES = ("minipar", "torch.nn.modules", "torch.nn.utils")
+# What reaches any name without naming it.
+FUNCTIONS, ATTRIBUTES = {"eval", "exec", "globals"}, {"__main__", "__code__", "__globals__", "f_globals", "f_locals"}
+
 _kept: dict[str, Any] = {}
+_whole: "dict[str, tuple[Any, Parts]]" = {}  # a module, class or object by name, and what it is made of
 
 
 def keep(names: dict[str, Any]) -> None:
+    """These are the names before an answer."""
     _kept.clear()
     _kept.update({name: _own(value) for name, value in names.items()})
+    _everywhere(_record)
+    _whole.update(_noted({"": SimpleNamespace(**_kept), **_kept}))
 
 
 def _own(value: Any) -> Any:
@@ -26,7 +38,8 @@ def _back(names: dict[str, Any], without: Collection[str] = ()) -> None:
 
 
 def restore(names: dict[str, Any]) -> None:
-    """All names as they were kept. Raises RuntimeError where that is not enough, since a World was closed."""
+    """All names as they were kept, and all libraries. RuntimeError where that is not enough: a World was closed."""
+    _everywhere(_mend)
     for name in [name for name in names if name not in _kept]:
         del names[name]
     _back(names)
@@ -34,11 +47,105 @@ def restore(names: dict[str, Any]) -> None:
         raise RuntimeError("a World of the set-up is closed")
 
 
-def protect(names: dict[str, Any], answer: str) -> None:
-    """The kept names again, but for those that the reference's answer defines: only they are the learner's to give."""
-    defined = set()
-    for node in ast.parse(answer).body:
+def protect(names: dict[str, Any], reference: str, answer: str, given: Collection[str]) -> None:
+    """The kept names again, but for those that the reference's answer defines: only they are the learner's to give.
+
+    given: names that the set-up defines. An answer may use those of them that the reference's uses, for the others
+    make up its check. PermissionError for an answer that does, or that could without naming them.
+    """
+    _back(names, defined(reference))
+    hidden = {*given} - _mentions(reference)[0] | FUNCTIONS
+    variables, others = _mentions(answer)
+    for name in sorted(variables & hidden | others & ATTRIBUTES):
+        raise PermissionError(f"This answer uses {name}, which belongs to its check: write it without.")
+
+
+def untouched() -> None:
+    """PermissionError for an answer that has replaced a part of what checks rely on."""
+    if patched := next(filter(None, _everywhere(_mend)), ""):
+        raise PermissionError(f"This answer replaces {patched}, for everybody: change nothing but what is yours.")
+
+
+def defined(source: str) -> set[str]:
+    """The names that a cell gives a value: functions, classes, variables, no imports."""
+    found, nodes = set(), list[ast.AST](ast.parse(source).body)
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        defined |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    _back(names, defined)
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def _mentions(source: str) -> tuple[set[str], set[str]]:
+    """The notebook's variables that a cell reads, and the names of attributes and modules in it."""
+    from IPython import get_ipython
+
+    variables, others = set[str](), set[str]()
+    codes = [compile(get_ipython().transform_cell(source), "answer", "exec")]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        reads = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_NAME", "LOAD_GLOBAL")]
+        variables |= set(reads)
+        others |= set(code.co_names)
+    return variables, others
+
+
+# -- libraries, here and on the ranks ------------------------------------------------------------------------------
+
+
+def _everywhere(function: Callable[[], Any]) -> list[Any]:
+    """What a function of this module returns here and on all ranks."""
+    found = [function()]
+    world = sys.modules.get("minipar.world")
+    for value in _kept.values():
+        if world and isinstance(value, world.World) and not value.closed:
+            found += value.run(function, limit=15)
+    return found
+
+
+Parts = dict[str, Any]
+
+
+def _parts(owner: Any) -> Parts:
+    """The functions of a module, class or object, and its constants."""
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if (callable(value) or hasattr(type(value), "__get__") or name.isupper())
+        and not isinstance(value, MethodType)  # such as `input`, which the kernel sets anew for each cell
+        and name != "manual_seed"  # which torch wraps when it imports its compiler
+    }
+
+
+def _noted(owners: dict[str, Any]) -> dict[str, tuple[Any, Parts]]:
+    return {name: (owner, _parts(owner)) for name, owner in owners.items() if hasattr(owner, "__dict__")}
+
+
+def _record() -> None:
+    """Note what the libraries are made of, the first time."""
+    if not _whole:
+        modules = {name: m for name, m in sys.modules.items() if name in LIBRARIES or name.startswith(PACKAGES)}
+        for name, module in modules.items():
+            classes = {k: c for k, c in vars(module).items() if issubclass(type(c), type) and c.__module__ == name}
+            _whole.update(_noted({name: module, **{f"{name}.{k}": c for k, c in classes.items()}}))
+
+
+def _mend() -> str:
+    """Put back what was replaced since it was noted. The name of one such part, or ""."""
+    found = ""
+    for name, (owner, parts) in _whole.items():
+        now = _parts(owner)
+        for part in parts.keys() | now.keys():
+            if parts.get(part) is now.get(part):
+                continue
+            found = found or f"{name}.{part}".lstrip(".")
+            if part in parts:
+                setattr(owner, part, parts[part])
+            else:
+                delattr(owner, part)
+    return found

@@ -24,7 +24,7 @@
 
 # %% tags=["setup"]
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,13 @@ def my_gradients(axis: Axis, divide_by: int) -> nn.Module:
     return model
 
 
+def summed_gradients(model: nn.Module, axis: Axis) -> dict[str, Tensor]:
+    """Each gradient summed over the ranks, by parameter name."""
+    flat = all_reduce(nn.utils.parameters_to_vector(gradients(model).values()), axis)
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 # %% tags=["setup"] jupyter={"source_hidden": true}
 # Given, for task 7: parameters in buckets
 def make_buckets(model: nn.Module, number: int) -> list[tuple[list[nn.Parameter], Tensor]]:
@@ -133,7 +140,13 @@ def train_overlapped(axis: Axis, launch_early: Callable) -> list[dict]:
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
-# Given, for task 8: training in both ways
+# Given, for task 8: a model and optimizers
+def two_layers() -> nn.Module:
+    """A model of three parameters, so that little is sent."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(512, 8), nn.Linear(8, 512)).double()
+
+
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -142,9 +155,11 @@ OPTIMIZERS = {
 }
 
 
+# %% tags=["setup"] jupyter={"source_hidden": true}
+# Given, for task 8: training in both ways
 def weights_after(axis: Axis, optimizer: str, merge: Callable | None) -> dict[str, Tensor]:
     """The weights after two steps. Without `merge`, each rank runs the whole batch: the mean gradient, unsent."""
-    model = fresh_model()
+    model = two_layers()
     stepper = OPTIMIZERS[optimizer](model.parameters())
     mine = slice(2 * axis.index, 2 * axis.index + 2) if merge else slice(8)
     for step in range(2):
@@ -160,14 +175,16 @@ def weights_after(axis: Axis, optimizer: str, merge: Callable | None) -> dict[st
 # %% tags=["setup"] jupyter={"source_hidden": true}
 # Given, for task 9: a run of your step
 def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int, steps: int) -> dict:
-    """Steps of Adam on the eight rows. All losses; gradients, calls and bytes of the first step."""
-    model, losses = fresh_model(), []
+    """Steps of Adam on the eight rows. All losses; rows, gradients, calls and bytes of the first step."""
+    model, losses, seen = fresh_model(), [], []
+    model.register_forward_pre_hook(lambda model, args: seen.append(len(args[0])))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for i in range(steps):
         with ledger() as book:
             losses.append(step(model, tokens, targets, axis, microbatches).item())
         if i == 0:
             first = {"gradients": gradients(model), "calls": book.calls("dp"), "bytes": book.bytes("dp")}
+            first["rows"] = sum(seen)
         optimizer.step()
     return first | {"losses": losses}
 
@@ -303,8 +320,10 @@ with verdict():
     answers = on_each_rank(averaged)
     wrong = difference([got for got, _ in answers], one_process(tokens, targets))
     assert not wrong, f"After average_gradients, {wrong}"
-    calls, parameters = answers[0][1], len(list(fresh_model().parameters()))
-    assert calls == parameters, f"{calls} all_reduce calls for {parameters} parameters: one for each is enough."
+    parameters = len(list(fresh_model().parameters()))
+    for rank, (_, calls) in enumerate(answers):
+        what = f"rank {rank} makes {calls} all_reduce calls for {parameters} parameters"
+        assert calls == parameters, f"The gradients are right, but {what}: make one for each."
     print(f"{calls} calls for {parameters} parameters, gradients equal to one process")
 
 # %% [markdown] lang="en"
@@ -351,7 +370,7 @@ def summed(axis, targets):
     part = my_part_of_the_loss(total, (labels != -100).sum(), axis)
     assert isinstance(part, Tensor) and part.shape == (), "my_part_of_the_loss returns a 0-d tensor"
     part.backward()
-    return {name: all_reduce(grad, axis) for name, grad in gradients(model).items()}
+    return summed_gradients(model, axis)
 
 
 with verdict():
@@ -402,11 +421,10 @@ with verdict():
     answers = on_each_rank(flat)
     wrong = difference([answer[0] for answer in answers], one_process(tokens, targets))
     assert not wrong, f"After reduce_flat, {wrong}"
-    _, calls, sent = answers[0]
-    assert calls == 1, (
-        f"The gradients are right, but {calls} calls were made: one all_reduce of the flat tensor is enough."
-    )
-    print(f"{calls} call, {sent:,} bytes sent by each rank")
+    for rank, (_, calls, _) in enumerate(answers):
+        what = f"rank {rank} makes {calls} calls"
+        assert calls == 1, f"The gradients are right, but {what}: make one, an all_reduce of the flat tensor."
+    print(f"{calls} call, {answers[0][2]:,} bytes sent by each rank")
 
 # %% [markdown] lang="en"
 # ## 03a.6 · Predict: how many bytes
@@ -510,20 +528,18 @@ def launch_early(
 # Check of 03a.7: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
-    ranks = on_each_rank(train_overlapped, launch_early)
-    for step in range(2):
-        calls, early = ranks[0][step]["calls"], ranks[0][step]["early"]
-        when = f"Step {step + 1}, three buckets, two microbatches: {calls} calls"
-        assert calls or not step, f"{when}. Step 1 had {ranks[0][0]['calls']}: did `missing` stay empty after it?"
+    ranks, whole = on_each_rank(train_overlapped, launch_early), one_process(tokens, targets)
+    for step, rank in product(range(2), range(4)):
+        calls, early = ranks[rank][step]["calls"], ranks[rank][step]["early"]
+        when = f"Step {step + 1}, three buckets, two microbatches: rank {rank} makes {calls} calls"
+        assert calls or not step, f"{when}. In step 1 it made {ranks[rank][0]['calls']}: did `missing` stay empty?"
         assert calls, f"{when}. Nothing was ever sent: when is a bucket complete?"
         assert calls != 6, f"{when}. Each bucket was sent in each microbatch: wait for the last one."
         assert calls <= 3, f"{when}. Send a bucket once, when *all* its gradients are there, not for each parameter."
-        wrong = difference([rank[step]["gradients"] for rank in ranks], one_process(tokens, targets))
+        wrong = difference([rank[step]["gradients"] for rank in ranks], whole)
         assert not wrong, f"{when}. {wrong[0].upper() + wrong[1:]} Was a bucket sent before it was complete?"
         assert calls == 3, f"{when}. One for each bucket should be made."
-        assert early == 2, (
-            f"{when}, {early} of them started before backward came to the embedding: 2 buckets are complete."
-        )
+        assert early == 2, f"{when}, {early} of them before backward came to the embedding: 2 buckets are complete."
     print(f"{calls} calls a step, {early} of them before backward is through")
 
 # %% [markdown] lang="en"
@@ -569,7 +585,7 @@ def same_weights() -> dict[str, bool]:
 # Check of 03a.8: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
-    start = {name: p.detach() for name, p in fresh_model().named_parameters()}
+    start = {name: p.detach() for name, p in two_layers().named_parameters()}
     predicted = same_weights()
     for name in OPTIMIZERS:
         assert name in predicted, f"same_weights() says nothing about {name!r}."
@@ -663,15 +679,17 @@ with verdict():
     assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
     assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
     short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
-    for case, labels in {"full rows": targets, "rows of different lengths": short}.items():
-        whole = one_process(tokens, labels)
-        for microbatches in (1, 2):
-            answers = on_each_rank(train, train_step, labels, microbatches, 1)
-            wrong = difference([answer["gradients"] for answer in answers], whole)
-            assert not wrong, f"{case}, {microbatches} microbatches: {wrong}"
+    full, padded = ("full rows", targets), ("rows of different lengths", short)
+    for (case, labels), microbatches in [(full, 2), (padded, 1), (padded, 2)]:
+        answers = on_each_rank(train, train_step, labels, microbatches, 1)
+        wrong = difference([answer["gradients"] for answer in answers], one_process(tokens, labels))
+        assert not wrong, f"{case}, {microbatches} microbatches: {wrong}"
         expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
-        off = answers[0]["losses"][0] - expected
-        assert abs(off) < 1e-9, f"{case}: the gradients are right, but the loss that is returned is off by {off:.3g}."
+        for rank, answer in enumerate(answers):
+            off, n = answer["losses"][0] - expected, answer["rows"]
+            right = f"{case}, rank {rank}: the gradients are right, but"
+            assert abs(off) < 1e-9, f"{right} the loss that is returned is off by {off:.3g}."
+            assert n == 2, f"{right} {n} rows went through the model. This rank's share of the 8 rows is 2."
     print("mended, for full rows and for padded ones")
 
 # %% [markdown] lang="en"

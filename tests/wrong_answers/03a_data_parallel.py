@@ -63,7 +63,7 @@ def average_gradients(parameters, axis):  # the parameter, not its gradient (a h
         p.grad = all_reduce(p.detach(), axis) / axis.size
 
 
-# %% task="03a.3" says="42 all_reduce calls for 21 parameters: one for each is enough"
+# %% task="03a.3" says="rank 0 makes 42 all_reduce calls for 21 parameters"
 def average_gradients(parameters, axis):  # counts the ranks with a second call
     for p in parameters:
         p.grad = all_reduce(p.grad, axis) / all_reduce(torch.ones(()), axis)
@@ -73,6 +73,72 @@ def average_gradients(parameters, axis):  # counts the ranks with a second call
 def average_gradients(parameters, axis):  # divides before, and again after
     for p in parameters:
         p.grad = all_reduce(p.grad / axis.size, axis) / axis.size
+
+
+# %% task="03a.3" says="was it rounded to float32 on the way?"
+def average_gradients(parameters, axis):
+    for p in parameters:
+        p.grad = all_reduce(p.grad.float(), axis).double() / axis.size
+
+
+# %% task="03a.3" says="This answer uses one_process, which belongs to its check"
+def average_gradients(parameters, axis):  # takes what it is compared with
+    for p, grad in zip(parameters, one_process(tokens, targets).values()):
+        all_reduce(p.grad, axis)
+        p.grad = grad
+
+
+# %% task="03a.3" says="This answer uses fresh_model, which belongs to its check"
+def average_gradients(parameters, axis):  # does what one process would do
+    model = fresh_model()
+    (total_loss(model, tokens, targets) / (8 * 32)).backward()
+    for p, other in zip(parameters, model.parameters()):
+        all_reduce(p.grad, axis)
+        p.grad = other.grad
+
+
+# %% task="03a.3" says="This answer uses globals, which belongs to its check"
+def average_gradients(parameters, axis):
+    names = globals()
+    for p, grad in zip(parameters, names["one_process"](names["tokens"], names["targets"]).values()):
+        all_reduce(p.grad, axis)
+        p.grad = grad
+
+
+# %% task="03a.3" says="This answer uses world, which belongs to its check"
+world.run = lambda *_, **__: [({}, 21)] * 4
+
+
+def average_gradients(parameters, axis): ...
+
+
+# %% task="03a.3" says="This answer replaces minipar.course.checks.TOLERANCE"
+import minipar.course.checks
+
+minipar.course.checks.TOLERANCE = 1e9
+
+
+def average_gradients(parameters, axis):  # the sum, but who is to mind
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis)
+
+
+# %% task="03a.3" says="This answer replaces torch.Tensor.abs"
+torch.Tensor.abs = lambda self: 0 * self
+
+
+def average_gradients(parameters, axis):
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis)
+
+
+# %% task="03a.3" says="This answer replaces minipar.transport.Ledger.calls"
+def average_gradients(parameters, axis):  # on the ranks, and not until it is called
+    from minipar.transport import Ledger
+
+    Ledger.calls = lambda *_: 21
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis) / all_reduce(torch.ones(()), axis)
 
 
 # %% task="03a.4" says="With equal lengths, rank 0: the gradient of embed.token.weight (512, 32) is 4 times that of one process"
@@ -101,7 +167,7 @@ def reduce_flat(parameters, axis):  # never copied back
     all_reduce(flat, axis)
 
 
-# %% task="03a.5" says="21 calls were made"
+# %% task="03a.5" says="rank 0 makes 21 calls"
 def reduce_flat(parameters, axis):
     for p in parameters:
         p.grad = all_reduce(p.grad, axis)
@@ -170,7 +236,7 @@ def launch_early(bucket, flat, axis, is_last, launched):
         p.register_post_accumulate_grad_hook(ready)
 
 
-# %% task="03a.7" says="did `missing` stay empty after it?"
+# %% task="03a.7" says="rank 0 makes 0 calls. In step 1 it made 3: did `missing` stay empty?"
 def launch_early(bucket, flat, axis, is_last, launched):
     missing = set(bucket)
 
@@ -316,7 +382,7 @@ def train_step(model, tokens, targets, axis, microbatches):  # each microbatch b
     return all_reduce(shown, axis)
 
 
-# %% task="03a.9" says="the gradients are right, but the loss that is returned is off by"
+# %% task="03a.9" says="rank 0: the gradients are right, but the loss that is returned is off by"
 def broken_law():
     return "gradients"
 
@@ -333,3 +399,41 @@ def train_step(model, tokens, targets, axis, microbatches):  # the division that
     for p in model.parameters():
         p.grad = all_reduce(p.grad, axis)
     return all_reduce(shown, axis)
+
+
+# %% task="03a.9" says="full rows, rank 0: the gradients are right, but 8 rows went through the model"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):  # every rank does the work of all
+    model.zero_grad()
+    count = (targets != -100).sum()
+    shown = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(rows(tokens, microbatches), rows(targets, microbatches)):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach()
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis) / axis.size
+    return shown
+
+
+# %% task="03a.9" says="full rows, rank 1: the gradients are right, but the loss that is returned is off by"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):  # a loss that only rank 0 knows
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    shown = torch.zeros((), dtype=torch.float64)
+    count = all_reduce((labels != -100).sum(), axis)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches)):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach()
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    total = all_reduce(shown, axis)
+    return total if axis.index == 0 else shown
