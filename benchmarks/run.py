@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in chosen:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         rows.append([row.as_dict() for row in measure[name]()])
-        print(table(rows[-1]), flush=True)
+        print(table(rows[-1]), file=sys.stderr, flush=True)
     results = list(itertools.chain(*rows))
     print(table(results))
     whole = chosen == names and not options.small

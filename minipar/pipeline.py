@@ -123,7 +123,10 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
     """Let a block's forward ask whether it is its turn."""
     inner = block.forward
 
-    def forward(state: Any, *context: Any, **more: Any) -> Any:
+    def forward(*arguments: Any, **more: Any) -> Any:
+        if not arguments:
+            raise TypeError(f"block {place} gets its state by name ({', '.join(more)}): a pipeline looks for it first")
+        state, *context = arguments
         if window.next is None:
             raise RuntimeError(
                 f"block {place} runs outside of its stage's forward: put a checkpoint inside of the block"

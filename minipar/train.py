@@ -57,6 +57,10 @@ def parallelize(
         raise TypeError(f"parallelize takes a module and a Mesh, not {type(model).__name__} and {type(mesh).__name__}")
     if not callable(schedule):
         raise TypeError(f"schedule={schedule!r}: a function of (stages, microbatches), such as minipar.one_f_one_b")
+    if not callable(loss):
+        raise TypeError(
+            f"loss={loss!r}: a function (outputs, targets) -> (sum, count), such as minipar's cross_entropy"
+        )
     return Parallel(model, mesh, schedule, microbatches, loss, sequence_parallel, plan)
 
 
@@ -73,7 +77,7 @@ class Parallel:
         sequence_parallel: bool,
         plan: dict[str, str] | None,
     ):
-        if not isinstance(microbatches, int) or microbatches < 1:
+        if type(microbatches) is not int or microbatches < 1:
             raise ValueError(f"microbatches={microbatches!r}: a whole number, at least 1")
         if later := [f"{axis}={mesh.shape[axis]}" for axis in ("ep", "cp") if mesh.shape[axis] > 1]:
             raise ValueError(f"{', '.join(later)}: this model can use the axes dp, pp and tp")
@@ -276,6 +280,8 @@ class Parallel:
 
         temperature 0 takes the likeliest token, above 0 draws. Each token costs a forward over the whole context.
         """
+        if tokens.dim() != 2 or not tokens.numel():
+            raise ValueError(f"generate needs token ids (rows, length) to begin with, not {tuple(tokens.shape)}")
         generator, was_training = torch.Generator().manual_seed(seed), self.module.training
         config: Any = self.module.config
         tokens, context = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
@@ -403,6 +409,9 @@ class Parallel:
 def _pair(answer: Any) -> tuple[Tensor, Tensor | int]:
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise TypeError(f"loss gave a {type(answer).__name__}: it must give (sum, count), as cross_entropy does")
+    if not isinstance(answer[0], Tensor) or answer[0].numel() != 1:
+        what = tuple(answer[0].shape) if isinstance(answer[0], Tensor) else answer[0]
+        raise TypeError(f"loss gave {what} for the sum: it must be a tensor with one number, as reduction='sum' gives")
     return answer
 
 

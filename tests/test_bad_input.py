@@ -49,6 +49,17 @@ def frozen_late():
     parallel.step(torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long))
 
 
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(input=x)
+        return x
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -219,6 +230,15 @@ REFUSED = {
         ValueError,
         ["(13, 1)", "(13, 8)", "embed.token.weight"],
     ),
+    "no loss": (lambda: lay_out(loss=None), TypeError, ["loss=None", "(sum, count)"]),
+    "a loss that is not summed": (
+        lambda: lay_out(loss=lambda y, t: (y.sum(-1), t.numel())).step(TOKENS, TOKENS),
+        TypeError,
+        ["(2, 8)", "one number"],
+    ),
+    "microbatches that are a truth": (lambda: lay_out(microbatches=True), ValueError, ["microbatches=True"]),
+    "a single row to go on from": (lambda: lay_out().generate(TOKENS[0], 2), ValueError, ["(8,)", "(rows, length)"]),
+    "nothing to go on from": (lambda: lay_out().generate(TOKENS[:, :0], 2), ValueError, ["(4, 0)", "(rows, length)"]),
 }
 
 
@@ -251,6 +271,11 @@ def test_an_id_that_is_on_no_share_of_the_vocabulary_raises(world2):
 def test_blocks_that_are_used_twice_are_named(world2):
     with pytest.raises(RankError, match="block 0 runs where block 2 should: a pipeline takes each once"):
         world2.run(lambda: lay_out(Twice(), Mesh(pp=2)).step(ONES, LABELS))
+
+
+def test_a_block_that_takes_its_state_by_name_is_named(world2):
+    with pytest.raises(RankError, match=r"block 0 gets its state by name \(input\): a pipeline looks for it first"):
+        world2.run(lambda: lay_out(ByName(), Mesh(pp=2)).step(ONES, LABELS))
 
 
 class AddsAfterBlocks(nn.Module):

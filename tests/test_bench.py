@@ -63,20 +63,20 @@ def test_sides_that_compute_something_else_are_refused(change):
 def test_a_small_run_compares_equal_sides_and_writes_its_table(tmp_path):
     """Every comparison: minipar, torch's own and one process compute equal gradients, else the run fails."""
     (tmp_path / "README.md").write_text(f"above\n{run.BEGIN}old\n{run.END}below\n")
-    options = ["--small", "--pairs", "3", "--only", "data,tensor,1f1b,gpipe,run", "--out", str(tmp_path)]
+    options = ["--small", "--pairs", "3", "--only", "data,tensor,tensor-tuned,1f1b,gpipe,run", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "run.py"), *options], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [r["name"] for r in results] == ["data", "tensor", "1f1b", "gpipe", "empty run"]
-    for r in results[:4]:
+    assert [r["name"] for r in results] == ["data", "tensor", "tensor-tuned", "1f1b", "gpipe", "empty run"]
+    for r in results[:5]:
         assert r["minipar"] > 0 and r["peer"] > 0 and r["floor"] > 0 and r["rounds"] == 3
         low, high = r["interval"]
         assert low <= r["ratio"] <= high
         assert r["met"] is (None if r["mark_ratio"] is None else low <= r["mark_ratio"])
         assert r["unwatched_interval"][0] <= r["unwatched_ratio"] <= r["unwatched_interval"][1]
-    assert results[4]["peer"] is None and results[4]["ratio"] is None
+    assert results[5]["peer"] is None and results[5]["ratio"] is None
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(results) and len({line.count("|") for line in lines}) == 1
     readme = (tmp_path / "README.md").read_text()

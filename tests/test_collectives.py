@@ -1,8 +1,10 @@
 """Collectives are arithmetic: over all ranks each gives what one process computes, and sends what its formula says."""
 
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from minipar import Config, Mesh, World, connect, gpt, ledger, one_f_one_b, para
 from minipar import collectives as c
 from minipar.board import DEPTH
 from minipar.data import Gradients
+from minipar.deferral import WeightGradients
 from minipar.transport import Done, Torch
 
 
@@ -442,6 +445,24 @@ def test_a_step_leaves_nothing_under_way(world4):
         return [(e.op, e.axis) for e in book.entries if not e.end >= e.start]
 
     assert world4.run(ends) == [[]] * 4
+
+
+def test_weight_gradients_are_computed_while_the_gradient_of_an_activation_travels(world2):
+    def hidden(sequence):
+        parallel = parallelize(model_of(SHAPE), Mesh(tp=2), sequence_parallel=sequence)
+        products, run = [], WeightGradients.run
+
+        def watched(weights):
+            products.extend([time.perf_counter()] * len(weights.waiting))
+            run(weights)
+
+        with patch.object(WeightGradients, "run", watched), ledger() as book:
+            parallel.step(*batch_of(SHAPE, ROWS, LENGTH))
+        travels = book.select("tp", "reduce_scatter" if sequence else "all_reduce")
+        return sum(any(e.start < t < e.end for e in travels) for t in products), len(products)
+
+    for sequence in (False, True):  # all six layers of each block
+        assert world2.run(hidden, sequence) == [(6 * SHAPE.depth, 6 * SHAPE.depth)] * 2
 
 
 def test_gradients_are_views_into_one_buffer():
