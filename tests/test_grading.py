@@ -167,15 +167,22 @@ def test_the_server_of_ranks_is_a_fork_of_the_kernel_can_be_replaced_and_ends_wi
     kernel.ready()
     try:
         kernel.do("""
-            import os, signal, sys, time
+            import os, signal, sys, time, torch
             from multiprocessing import forkserver
             from minipar import World
 
             server = forkserver._forkserver
             first = server._forkserver_pid
             assert open(f"/proc/{first}/cmdline").read() == open("/proc/self/cmdline").read()
-            with World(2) as world:
-                assert world.run(lambda: os.getppid()) == [first] * 2
+
+            def compiled():
+                torch.optim.Adam([torch.ones(1, requires_grad=True)]).step()
+                before = "torch._dynamo.eval_frame" in sys.modules
+                return before, torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item()
+
+            with World(1) as world:
+                assert world.run(compiled) == [(False, 2.0)]  # the compiler is imported when it is needed
+                assert world.run(lambda: os.getppid()) == [first]
             os.kill(first, signal.SIGKILL)
             time.sleep(0.1)
             with World(2) as world:

@@ -2,8 +2,9 @@
 
 From the learner's file come the answers and nothing else, found by cell id. Set-up, checks and what a check
 prints come from the solution. Before each answer the names in the kernel are those of the reference: its set-up
-and its earlier answers, so a task never fails for an earlier one. An answer that ends or hangs the kernel costs
-its own task only: the next starts in a fresh kernel.
+and its earlier answers, so a task never fails for an earlier one. An answer may use of the set-up what it imports and
+what the reference uses, since the rest makes up the checks, and may not replace parts of libraries. One that ends or
+hangs the kernel costs its own task only: the next starts in a fresh kernel.
 """
 
 import contextlib

@@ -4,22 +4,30 @@ The process that ranks are forked from is a fork of the kernel, made before ther
 fresh one would import torch once more.
 """
 
+import gc
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import pairwise
 from multiprocessing import forkserver, resource_tracker, util
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
 def main() -> None:
     """Become a kernel."""
+    gc.disable()  # collecting garbage would take a tenth of the import, and there is none
     import torch
 
     from .. import crew, train  # noqa: F401
 
-    with _forking():
-        crew.warm()
+    gc.freeze()  # nor will there be, here or on the ranks
+    gc.enable()
+    if crew.FORK:
+        with _forking():
+            crew.warm()
     torch.set_num_threads(1)  # its tensors are small, and a second thread would take a core from the ranks
     from ipykernel.kernelapp import launch_new_instance
 
@@ -47,6 +55,26 @@ def _fork(path: bytes, args: Sequence[Any], fds: Sequence[int]) -> int:
             os.closerange(before + 1, after)
         for one in (forkserver._forkserver, resource_tracker._resource_tracker):
             type(one).__init__(one)  # else it would hold the kernel's lock and files
+        sys.modules["torch._dynamo"] = _NoCompiler("torch._dynamo")
         exec(args[-1], {})
     finally:
         os._exit(0)
+
+
+class _NoCompiler(ModuleType):
+    """Stands for torch._dynamo, whose import takes a second, and gives way to it when asked for more than what
+    optimizers and process groups use: these three do nothing where nothing is compiled."""
+
+    trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+
+    def graph_break(self, *_: Any) -> None: ...
+
+    def disable(self, function: Any, *_: Any, **__: Any) -> Any:
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)

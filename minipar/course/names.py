@@ -4,8 +4,10 @@ import ast
 import dis
 import sys
 from collections.abc import Callable, Collection
-from types import CodeType, MethodType, SimpleNamespace
+from types import CodeType, MethodType
 from typing import Any
+
+Parts = dict[str, Any]
 
 # What checks rely on. Of these modules and of their classes no function may be replaced.
 LIBRARIES = {"builtins", "math", "torch", "torch._tensor", "torch.autograd", "torch.distributed", "torch.nn.functional"}
@@ -14,7 +16,7 @@ PACKAGES = ("minipar", "torch.nn.modules", "torch.nn.utils")
 FUNCTIONS, ATTRIBUTES = {"eval", "exec", "globals"}, {"__main__", "__code__", "__globals__", "f_globals", "f_locals"}
 
 _kept: dict[str, Any] = {}
-_whole: "dict[str, tuple[Any, Parts]]" = {}  # a module, class or object by name, and what it is made of
+_whole: dict[str, tuple[Any, Parts]] = {}  # a module, class or object by name, and what it is made of
 
 
 def keep(names: dict[str, Any]) -> None:
@@ -22,7 +24,7 @@ def keep(names: dict[str, Any]) -> None:
     _kept.clear()
     _kept.update({name: _own(value) for name, value in names.items()})
     _everywhere(_record)
-    _whole.update(_noted({"": SimpleNamespace(**_kept), **_kept}))
+    _whole.update(_noted(_kept))
 
 
 def _own(value: Any) -> Any:
@@ -108,9 +110,6 @@ def _everywhere(function: Callable[[], Any]) -> list[Any]:
     return found
 
 
-Parts = dict[str, Any]
-
-
 def _parts(owner: Any) -> Parts:
     """The functions of a module, class or object, and its constants."""
     return {
@@ -143,7 +142,7 @@ def _mend() -> str:
         for part in parts.keys() | now.keys():
             if parts.get(part) is now.get(part):
                 continue
-            found = found or f"{name}.{part}".lstrip(".")
+            found = found or f"{name}.{part}"
             if part in parts:
                 setattr(owner, part, parts[part])
             else:

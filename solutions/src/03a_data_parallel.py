@@ -20,7 +20,9 @@
 #     python -m minipar hint 03a.2
 #     python -m minipar solution 03a.2
 #
-# `grade` reads only the cells with a function to finish. Cells that you add are for trying things out.
+# `grade` reads only the cells with a function to finish. Cells that you add are for trying things out. The folded cells
+# belong to the checks, so an answer that uses their model, rows or gradients is refused: take what your function is
+# given, and what is imported.
 
 # %% tags=["setup"]
 from collections.abc import Callable, Iterable
