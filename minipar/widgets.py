@@ -1,14 +1,16 @@
 """Explorers: a picture with controls that works with a kernel and without one.
 
-`explore(fn, **choices)` calls the real function once for every setting, and puts the frames and a script that
-moves between them into one piece of HTML. What a reader sees:
+`explore(fn, **choices)` shows controls over the real function, and in the same output a static copy with one
+frame for every setting, drawn beforehand. Which of the two a reader sees:
 
-- after running the cell, on a saved page (nbconvert, a web site), and in a notebook that was saved and opened
-  again: the controls;
+- after running the cell, in JupyterLab or Notebook: the live one, which calls `fn` for each move;
+- on a saved page (nbconvert, a web site) or in a trusted notebook: the static one, moved by the script it
+  carries;
 - in a notebook that the reader's Jupyter does not trust yet, which drops scripts: the first frame, its
   description, and a line that says to run the cell.
 
-Nothing in it needs a kernel, and no id in it is random: a rebuild changes nothing.
+The output holds no random ids but the live widget's own. The notebook builder leaves that one out, since its
+kernel is gone; so a rebuild changes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .mesh import Mesh
 
 MOST_FRAMES = 200
 DPI, COLORS = 80, 48  # of a frame: about 6 kB each
+LIVE = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
 
 
 def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
@@ -44,9 +47,14 @@ def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
     from IPython.display import display
 
     grid = {name: list(values) for name, values in choices.items()}
-    page = static_page(fn, grid)
-    first = _frame(fn, {name: values[0] for name, values in grid.items()})[1]
-    display({"text/html": page, "text/plain": first}, raw=True)
+    static = static_page(fn, grid)
+    live = _live(fn, grid)
+    bundle = {
+        LIVE: {"version_major": 2, "version_minor": 0, "model_id": live.model_id},
+        "text/html": static,
+        "text/plain": _frame(fn, {name: values[0] for name, values in grid.items()})[1],
+    }
+    display(bundle, raw=True)
 
 
 def _frame(fn: Callable[..., Figure], setting: dict[str, Any]) -> tuple[str, str]:
@@ -65,6 +73,38 @@ def _name(fn: Callable[..., Figure]) -> str:
 def _is_range(values: list[Any]) -> bool:
     """Whole numbers one after the other get a slider, anything else a menu."""
     return all(type(v) is int for v in values) and values == list(range(values[0], values[0] + len(values)))
+
+
+def _live(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> Any:
+    """The same picture under ipywidgets' controls, for as long as the kernel runs.
+
+    A row for each choice: a field, which has a name that a screen reader can say, and a slider, which has none but
+    keeps the arrow keys that JupyterLab takes from a menu.
+    """
+    import ipywidgets
+
+    picture, fields, rows = ipywidgets.HTML(), {}, []
+    field: Any  # ipywidgets: fields and sliders of either kind
+    slider: Any
+    for name, values in grid.items():
+        if _is_range(values):
+            ends = {"value": values[0], "min": values[0], "max": values[-1]}
+            field, slider = ipywidgets.BoundedIntText(**ends), ipywidgets.IntSlider(**ends, readout=False)
+        else:
+            options = {"options": [(str(v), v) for v in values]}
+            field, slider = ipywidgets.Dropdown(**options), ipywidgets.SelectionSlider(**options, readout=False)
+        field.description = name
+        ipywidgets.link((field, "value"), (slider, "value"))
+        fields[name] = field
+        rows.append(ipywidgets.HBox([field, slider]))
+
+    def move(_: object = None) -> None:
+        picture.value = _figure(*_frame(fn, {name: field.value for name, field in fields.items()}))
+
+    for field in fields.values():
+        field.observe(move, "value")
+    move()
+    return ipywidgets.VBox([*rows, picture])
 
 
 def _figure(source: str, sentence: str) -> str:

@@ -90,13 +90,13 @@ def test_chapter_02b_runs_in_jupyterlab_and_its_explorer_moves(jupyter):
 
         image = cell.locator("img")
         before = image.get_attribute("src")
-        assert cell.get_by_text("Run this cell").count() == 0  # the controls took its place
-        cell.get_by_role("slider", name="step").press("ArrowRight")
+        assert cell.get_by_text("Run this cell").count() == 0  # the live version took its place
+        cell.get_by_role("spinbutton", name="step").press("ArrowUp")
         cell.get_by_role("status").get_by_text("after step 1 of 6").wait_for(timeout=20_000)
         assert image.get_attribute("src") != before
         cell.get_by_role("combobox", name="ranks").select_option("2")
         cell.get_by_role("status").get_by_text("on 2 ranks, after step 1 of 2").wait_for(timeout=20_000)
-        cell.get_by_role("combobox", name="ranks").press("ArrowDown")  # of the ranks: 4, 2, 3
+        cell.get_by_role("slider").first.press("ArrowRight")  # of the ranks: 4, 2, 3
         cell.get_by_role("status").get_by_text("on 3 ranks, after step 1 of 4").wait_for(timeout=20_000)
         assert tab.errors == []
         assert tab.outside == []

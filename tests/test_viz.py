@@ -6,6 +6,7 @@ import queue
 import re
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from minipar.rings import ring_all_reduce
 from minipar.schedule import Action, Op, gpipe, one_f_one_b
 from minipar.timeline import Costs, Span, Timeline, simulate
 from minipar.transport import Done, Pending
+
+CHAPTERS = Path(__file__).parents[1] / "chapters"
 
 # -- descriptions --------------------------------------------------------------------------------------------------
 
@@ -305,9 +308,30 @@ def shown(monkeypatch) -> list[dict]:
     return bundles
 
 
-def test_an_explorer_shows_one_page_that_needs_no_kernel(monkeypatch):
-    """A live widget, saved, would be "model not found" when the notebook is opened again."""
+def test_an_explorer_shows_the_live_and_the_static_version_in_one_output(monkeypatch):
+    import ipywidgets
+
+    made = []
+    ipywidgets.Widget.on_widget_constructed(made.append)
     bundles = shown(monkeypatch)
     widgets.explore(a_frame, a=[1, 2, 3], b=["x", "y"])
-    page = widgets.static_page(a_frame, {"a": [1, 2, 3], "b": ["x", "y"]})
-    assert bundles == [{"text/html": page, "text/plain": "a is 1, b is x; </script>"}]
+    (bundle,) = bundles
+    assert bundle["text/html"] == widgets.static_page(a_frame, {"a": [1, 2, 3], "b": ["x", "y"]})
+    ipywidgets.Widget.on_widget_constructed(None)
+    number, slider, menu, menu_slider, picture = (
+        next(w for w in made if isinstance(w, getattr(ipywidgets, kind)))
+        for kind in ("BoundedIntText", "IntSlider", "Dropdown", "SelectionSlider", "HTML")
+    )
+    assert (number.description, menu.description) == ("a", "b")
+    slider.value = 3
+    assert number.value == 3 and "a is 3, b is x" in picture.value
+    menu_slider.value = "y"
+    assert "a is 3, b is y" in picture.value
+    number.value, menu.value = 2, "x"
+    assert "a is 2, b is x" in picture.value
+
+
+@pytest.mark.parametrize("chapter", sorted(CHAPTERS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_built_chapter_holds_no_live_widget_whose_kernel_is_gone(chapter):
+    """JupyterLab would show "model not found" in its place, and not the static version beside it."""
+    assert widgets.LIVE not in chapter.read_text(encoding="utf-8")
