@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -41,12 +42,20 @@ class Kernel(RunningKernel):
         self.spoiled = False  # something in it cannot be trusted any more
 
     def ready(self) -> None:
-        """Wait until it answers. RuntimeError after 60 s, or when it does not come up."""
-        if self.kc is None:
-            self.kc = self.km.client()
-            self.kc.start_channels()
-            self.kc.wait_for_ready(timeout=60)
-            self._ensure_iopub_up()
+        """Wait until it answers. CellFailed where it does not within 60 s."""
+        if self.kc is not None:
+            return
+        self.kc = self.km.client()
+        self.kc.start_channels()
+        for _ in range(100):
+            msg_id = self.kc.kernel_info()
+            try:
+                self.await_reply(msg_id, timeout=60)
+            except Empty:
+                break
+            with suppress(Empty):  # what a kernel publishes is lost until it knows who listens
+                return self.await_idle(msg_id, timeout=0.1)
+        raise CellFailed("the kernel does not answer")
 
     def get_message(self, stream: str, timeout: float | None = None) -> dict[str, Any]:
         """The next message. KernelDied, rather than a long wait, if there will be none."""
