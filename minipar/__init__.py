@@ -20,7 +20,7 @@ _HOMES = {
     "collectives": ("Axis", "connect"),
     "mesh": ("Mesh",),
     "model": ("Config", "gpt"),
-    "schedule": ("gpipe", "one_f_one_b"),
+    "schedule": ("gpipe", "one_f_one_b", "interleaved", "zero_bubble_h1", "zero_bubble_h2", "zero_bubble_v"),
     "tensor": ("cross_entropy",),
     "timeline": ("Costs", "Timeline", "bubble", "simulate"),
     "train": ("parallelize",),

@@ -53,23 +53,27 @@ class Gradients:
         self.flat.zero_()
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
-        self.armed, self.missing, self.pending = False, self._sizes(), list[Pending]()
+        self.armed, self.pending = False, list[Pending]()
 
-    def arm(self) -> None:
-        """The next backward is the last of this step: start each bucket as soon as its gradients are there."""
+    def arm(self, coming: set[Tensor] | None = None) -> None:
+        """From now on gradients are final: start each bucket as soon as its own are there.
+
+        coming: the parameters whose gradient is not there yet; by default all.
+        """
         self.armed = True
-
-    def _sizes(self) -> list[int]:
-        sizes = [0] * len(self.buckets)
-        for bucket in self.bucket_of.values():
-            sizes[bucket] += 1
-        return sizes
+        self.missing = [0] * len(self.buckets)
+        for parameter, bucket in self.bucket_of.items():
+            self.missing[bucket] += coming is None or parameter in coming
+        self._start_complete()
 
     def _ready(self, parameter: nn.Parameter) -> None:
         if self.armed:
             self.missing[self.bucket_of[parameter]] -= 1
-            while len(self.pending) < len(self.buckets) and self.missing[len(self.pending)] == 0:
-                self._start()  # in order, so that all ranks start the same one
+            self._start_complete()
+
+    def _start_complete(self) -> None:
+        while len(self.pending) < len(self.buckets) and self.missing[len(self.pending)] == 0:
+            self._start()  # in order, so that all ranks start the same one
 
     def _start(self) -> None:
         self.pending.append(start_all_reduce(self.buckets[len(self.pending)], self.axis))

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-PutOff = Callable[[Tensor, Tensor], None]  # x, gradient of y
+PutOff = Callable[[Tensor, Tensor], None]
 
 
 class WeightGradients:
@@ -21,20 +22,26 @@ class WeightGradients:
 
     def __init__(self) -> None:
         self.uses: Counter[Tensor] = Counter()  # products of the forward whose gradient is still to come
-        self.waiting: deque[tuple[Tensor, Tensor, Tensor]] = deque()  # weight, x, gradient of y
+        self.waiting: deque[tuple[Tensor, Tensor, Tensor]] = deque()  # weight, and the factors of its gradient
         self.parts: dict[Tensor, Tensor] = {}  # of weights with several uses
 
     def used(self, weight: Tensor) -> PutOff:
-        """The forward has a product with this weight. Its backward calls what this returns."""
+        """The forward has a product with this weight. Its backward gives (N, rows), (N, columns) to what this returns:
+        their product over N is the weight's gradient."""
         self.uses[weight] += 1
-        return lambda x, gradient: self.waiting.append((weight, x, gradient))
+        return lambda left, right: self.waiting.append((weight, left, right))
+
+    @property
+    def coming(self) -> set[Tensor]:
+        """The weights whose gradient waits."""
+        return {weight for weight, _, _ in self.waiting}
 
     def run(self) -> None:
         """Compute what was put off so far. A weight's gradient is added to `.grad` once, with all its uses in it, so
         that whoever waits for it hears of it once."""
         while self.waiting:
-            weight, x, gradient = self.waiting.popleft()
-            part = _rows(gradient).t() @ _rows(x)
+            weight, left, right = self.waiting.popleft()
+            part = left.t() @ right
             self.uses[weight] -= 1
             total = self.parts.pop(weight) + part if weight in self.parts else part
             if self.uses[weight]:
@@ -50,22 +57,60 @@ class WeightGradients:
         self.parts.clear()
 
 
-class Deferral:
-    """Where a forward that runs now finds its `WeightGradients`."""
+class Deferral(TorchFunctionMode):
+    """Where a forward that runs now finds its `WeightGradients`.
 
-    def __init__(self) -> None:
-        self.now = WeightGradients()
+    holds: inside `with` every product with a parameter is put off, and only the schedule says when it is made up for.
+        Else the forward says which are, by `linear`, and they are done while the next gradient travels.
+    """
+
+    def __init__(self, holds: bool = False) -> None:
+        super().__init__()
+        self.holds, self.now = holds, WeightGradients()
 
     def begin(self) -> WeightGradients:
         """Another forward begins."""
         self.now = WeightGradients()
         return self.now
 
+    @property
+    def meanwhile(self) -> Callable[[], None]:
+        """What to do while the gradient that enters here travels."""
+        return _nothing if self.holds else self.now.run
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear, whose backward puts the weight's gradient off. All other gradients come with it."""
-        if not (x.requires_grad and weight.requires_grad and torch.is_grad_enabled()):
+        if not (x.requires_grad and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
             return F.linear(x, weight, bias)  # there is one product in its backward, or none
         return _Linear.apply(x, weight.detach(), bias, self.now.used(weight))
+
+    def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same for x @ weight + bias."""
+        used = self.now.used(weight)
+        return _Linear.apply(x, weight.detach().t(), bias, lambda left, right: used(right, left))
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.holds and torch.is_grad_enabled():
+            if function is F.linear:
+                return self.linear(*args, **kwargs)
+            if function in MATMUL and not kwargs and _may_wait(*args):
+                return self.matmul(*args)
+            if function is torch.addmm and not kwargs and _may_wait(*args[1:]):
+                bias, x, weight = args
+                return self.matmul(x, weight, bias)
+        return function(*args, **kwargs)
+
+
+MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+
+
+def _may_wait(x: Any, weight: Any) -> bool:
+    """Is this a product of an activation with a matrix that is a parameter?"""
+    return x.requires_grad and weight.requires_grad and weight.is_leaf and weight.dim() == 2
+
+
+def _nothing() -> None: ...
 
 
 class _Linear(torch.autograd.Function):
@@ -80,7 +125,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x, weight), (gradient,) = ctx.saved_tensors, gradients
-        ctx.put_off(x, gradient)
+        ctx.put_off(_rows(gradient), _rows(x))
         return gradient @ weight, None, _rows(gradient).sum(0) if ctx.needs_input_grad[2] else None, None
 
 

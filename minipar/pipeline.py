@@ -203,7 +203,8 @@ class Executor:
     Sends never block. Receives are posted where the program says, and waited for where their data is needed. The
     first time that a stage sees inputs of some shape, the shape of what it sends travels ahead.
 
-    owner: stage -> index on the axis. before(action) is called before each forward, reduce(stage) at REDUCE.
+    owner: stage -> index on the axis. before(action) is called before each forward; reduce(stage, coming) at REDUCE,
+    with the parameters whose gradient is still to come, or None for all.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class Executor:
         deferral: Deferral,
         device: torch.device,
         before: Callable[[Action], None],
-        reduce: Callable[[int], None],
+        reduce: Callable[[int, set[Tensor] | None], None],
     ):
         self.stages, self.axis, self.owner, self.deferral, self.device = stages, axis, owner, deferral, device
         self.before, self.reduce_stage = before, reduce
@@ -259,11 +260,18 @@ class Executor:
         start = time.perf_counter()
         self.before(action)
         self.weights[place] = self.deferral.begin()
-        output = self.stages(action.stage, self.states[place], self.inputs[action.microbatch])
+        with self.deferral:
+            output = self.stages(action.stage, self.states[place], self.inputs[action.microbatch])
         self.outputs[place] = output
         self.spans.append((action, start, time.perf_counter()))
 
     def backward(self, action: Action) -> None:
+        self._backward(action, whole=True)
+
+    def input_backward(self, action: Action) -> None:
+        self._backward(action, whole=False)
+
+    def _backward(self, action: Action, whole: bool) -> None:
         place = (action.stage, action.microbatch)
         if place not in self.gradients:
             self.gradients[place] = self._arrived(action._replace(op=Op.RECV_GRADIENT))
@@ -271,11 +279,18 @@ class Executor:
         outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
         torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
-        self.weights.pop(place).finish()
+        if whole:
+            self.weights.pop(place).finish()
+        self.spans.append((action, start, time.perf_counter()))
+
+    def weight_backward(self, action: Action) -> None:
+        start = time.perf_counter()
+        self.weights.pop((action.stage, action.microbatch)).finish()
         self.spans.append((action, start, time.perf_counter()))
 
     def reduce(self, action: Action) -> None:
-        self.reduce_stage(action.stage)
+        weights = self.weights[action.stage, action.microbatch]
+        self.reduce_stage(action.stage, weights.coming if self.deferral.holds else None)
 
     # Communication. Activations go down from stage to stage + 1, gradients of their floats come back up.
 
@@ -322,15 +337,27 @@ class Executor:
         self.specs[action.stage - 1, self.shapes[action.microbatch]] = Spec.from_bytes(bytes(note.tolist()))
 
     def _arrived_state(self, action: Action) -> Any:
-        leaves = self._arrived(action._replace(op=Op.RECV_ACTIVATION))
-        for x in leaves:
-            x.requires_grad_(x.is_floating_point() and torch.is_grad_enabled())
+        leaves = _ask_gradients(self._arrived(action._replace(op=Op.RECV_ACTIVATION)))
         return pytree.tree_unflatten(leaves, self.specs[action.stage - 1, self.shapes[action.microbatch]].structure)
 
     def send_gradient(self, action: Action) -> None:
-        state, peer = self.states.pop((action.stage, action.microbatch)), self.owner[action.stage - 1]
-        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in _floats(state)]
-        self.sent += [isend(g, self.axis, peer, self._tag(action)) for g in gradients]
+        peer = self.owner[action.stage - 1]
+        self.sent += [isend(g, self.axis, peer, self._tag(action)) for g in self._gradient_of_state(action)]
+
+    def _gradient_of_state(self, action: Action) -> list[Tensor]:
+        state = self.states.pop((action.stage, action.microbatch))
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in _floats(state)]
+
+    # Between two stages on one rank nothing travels, and their graphs stay apart.
+
+    def pass_activation(self, action: Action) -> None:
+        place = (action.stage, action.microbatch)
+        state = pytree.tree_map_only(Tensor, Tensor.detach, self.outputs[place])
+        self.states[action.stage + 1, action.microbatch] = _ask_gradients(state)
+        self.outputs[place] = _floats(self.outputs[place])
+
+    def pass_gradient(self, action: Action) -> None:
+        self.gradients[action.stage - 1, action.microbatch] = self._gradient_of_state(action)
 
     def _sender(self, action: Action) -> int:
         return self.owner[action.stage + (1 if action.op == Op.RECV_GRADIENT else -1)]
@@ -346,12 +373,22 @@ class Executor:
         Op.LOSS: loss,
         Op.F: forward,
         Op.B: backward,
+        Op.I: input_backward,
+        Op.W: weight_backward,
         Op.REDUCE: reduce,
+        Op.PASS_ACTIVATION: pass_activation,
+        Op.PASS_GRADIENT: pass_gradient,
         Op.SEND_ACTIVATION: send_activation,
         Op.RECV_ACTIVATION: receive,
         Op.SEND_GRADIENT: send_gradient,
         Op.RECV_GRADIENT: receive,
     }
+
+
+def _ask_gradients(state: Any) -> Any:
+    for x in _floats(state):
+        x.requires_grad_(torch.is_grad_enabled())
+    return state
 
 
 def _floats(state: Any) -> list[Tensor]:

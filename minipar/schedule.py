@@ -9,7 +9,7 @@ A schedule has three readers: `simulate` predicts it, the executor runs it, `viz
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, pairwise, repeat, zip_longest
 from typing import NamedTuple
 
 
@@ -26,6 +26,8 @@ class Op(StrEnum):
     LOSS = "loss"  # the last stage's loss gives the gradient ...
     RECV_GRADIENT = "recv g"  # ... that the others receive
     SEND_GRADIENT = "send g"
+    PASS_ACTIVATION = "pass x"  # stands where the next stage is on the same rank, and nothing is sent
+    PASS_GRADIENT = "pass g"
     REDUCE = "reduce"  # from here on, gradients of this stage are final: sum them over the data axis
 
 
@@ -66,9 +68,78 @@ def one_f_one_b(stages: int, microbatches: int) -> Schedule:
     return [program(stage) for stage in range(stages)]
 
 
-def forward_only(stages: int, microbatches: int) -> Schedule:
-    """Inference: no backward."""
-    return [_row(Op.F, stage, microbatches) for stage in range(stages)]
+def interleaved(stages: int, microbatches: int, chunks: int = 2) -> Schedule:
+    """1F1B with several smaller stages on each rank: rank r has the stages r, r + p, r + 2p ... of p * chunks.
+
+    The bubble is (p-1)/(chunks * m) of the work, and a rank holds up to 2(p-r-1) + (chunks-1)p + 1 of the smaller
+    stages' activations (Narayanan et al. 2021). Microbatches go around in groups of p, or of a few more where p does
+    not divide their number.
+    """
+    rounds = max(microbatches // stages, 1)
+    edges = [microbatches * i // rounds for i in range(rounds + 1)]
+    groups = [range(*edge) for edge in pairwise(edges)]
+    longest = max(map(len, groups), default=0)
+
+    def program(rank: int) -> Program:
+        down = [(rank + chunk * stages, m) for group in groups for chunk in range(chunks) for m in group]
+        up = [(rank + chunk * stages, m) for group in groups for chunk in reversed(range(chunks)) for m in group]
+        forwards, backwards = [Action(Op.F, *place) for place in down], [Action(Op.B, *place) for place in up]
+        warmup = min(2 * (stages - 1 - rank) + (chunks - 1) * longest, len(forwards))
+        steady = len(forwards) - warmup
+        pairs = zip(forwards[warmup:], backwards[:steady], strict=True)
+        return forwards[:warmup] + list(chain(*pairs)) + backwards[steady:]
+
+    return [program(rank) for rank in range(stages)]
+
+
+def zero_bubble_h1(stages: int, microbatches: int) -> Schedule:
+    """1F1B with split backwards: weight gradients wait for the time in which 1F1B would wait.
+
+    Every rank holds at most p microbatches, as 1F1B's first. The bubble is (p-1)(F + I - W) (Qi et al. 2023).
+    """
+    return _zero_bubble(stages, microbatches, 1)
+
+
+def zero_bubble_h2(stages: int, microbatches: int) -> Schedule:
+    """The same with twice the microbatches in flight, 2p - 1, and a bubble of (p-1)(F + I - 2W): none if all three
+    take as long. The ranks' runs are shifted against each other by what is left."""
+    return _zero_bubble(stages, microbatches, 2)
+
+
+def _zero_bubble(stages: int, microbatches: int, depth: int) -> Schedule:
+    """A weight gradient comes `depth * rank` microbatches after its input gradient."""
+
+    def program(rank: int) -> Program:
+        forwards, inputs, weights = (_row(op, rank, microbatches) for op in (Op.F, Op.I, Op.W))
+        warmup, delay = depth * (stages - 1 - rank), depth * rank
+        steady = zip_longest(forwards[warmup:], inputs, chain(repeat(None, delay), weights))
+        return forwards[:warmup] + [action for action in chain(*steady) if action]
+
+    return [program(rank) for rank in range(stages)]
+
+
+def zero_bubble_v(stages: int, microbatches: int) -> Schedule:
+    """Two stages a rank, laid out as a V: rank r has stage r on the way down and stage 2p - 1 - r on the way up.
+
+    There is no bubble if F, I and W take as long, in the memory of 1F1B: 2p of the halved stages (Qi et al. 2023).
+    """
+
+    def program(rank: int) -> Program:
+        places = {"0": rank, "1": 2 * stages - 1 - rank}
+        left = {f"{op}{way}": iter(_row(op, s, microbatches)) for way, s in places.items() for op in (Op.F, Op.I, Op.W)}
+        after = stages - rank  # ranks from here to the tip of the V
+        order = ["F0"] * (2 * after - 1) + ["F1", "F0"] * rank + ["F1", "I1", "W1"] * after
+        order += ["F0", "I0", "W0", "F1", "I1", "W1"] * (microbatches - stages)
+        order += ["I0", "I1"] * rank + ["I0", "W0"] * after + ["W1", "W0"] * microbatches
+        order += ["I0", "I1", "W0", "W1"] * microbatches  # where there are fewer microbatches than ranks
+        return [action for key in order if (action := next(left[key], None))]
+
+    return [program(rank) for rank in range(stages)]
+
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """Inference: one microbatch through the same stages on the same ranks."""
+    return [[a for a in program if a.op == Op.F and a.microbatch == 0] for program in schedule]
 
 
 def _row(op: Op, stage: int, microbatches: int) -> Program:
@@ -150,17 +221,20 @@ def _communicate(program: Program, last: int, ahead: int) -> Program:
     before: list[Program] = [[] for _ in program]
     after: list[Program] = [[] for _ in program]
     final = {a.stage: i for i, a in enumerate(program) if a.op in (Op.B, Op.W)}  # the last one of a stage wins
+    mine = {action.stage for action in program}
     for i, action in enumerate(program):
         early = before[max(i - ahead, 0)]
+        above, below = action.stage - 1, action.stage + 1
         if action.op == Op.F:
-            first_stage, last_stage = action.stage == 0, action.stage == last
-            early.append(action._replace(op=Op.LOAD if first_stage else Op.RECV_ACTIVATION))
-            after[i].append(action._replace(op=Op.LOSS if last_stage else Op.SEND_ACTIVATION))
+            if above not in mine:
+                early.append(action._replace(op=Op.LOAD if action.stage == 0 else Op.RECV_ACTIVATION))
+            on = Op.PASS_ACTIVATION if below in mine else Op.SEND_ACTIVATION
+            after[i].append(action._replace(op=Op.LOSS if action.stage == last else on))
         elif action.op in (Op.B, Op.I):
-            if action.stage < last:
+            if action.stage < last and below not in mine:
                 early.append(action._replace(op=Op.RECV_GRADIENT))
             if action.stage > 0:
-                after[i].append(action._replace(op=Op.SEND_GRADIENT))
+                after[i].append(action._replace(op=Op.PASS_GRADIENT if above in mine else Op.SEND_GRADIENT))
         if final.get(action.stage) == i:
             before[i].append(action._replace(op=Op.REDUCE))
     return list(chain(*([*b, a, *c] for b, a, c in zip(before, program, after, strict=True))))

@@ -115,7 +115,7 @@ class Region:
     heads: list["Head"] = field(default_factory=list)
 
     def enter(self, x: Tensor) -> Tensor:
-        return (enter_sequence if self.sequence else enter)(x, self.axis, meanwhile=self.deferral.now.run)
+        return (enter_sequence if self.sequence else enter)(x, self.axis, meanwhile=self.deferral.meanwhile)
 
     def leave(self, x: Tensor) -> Tensor:
         return leave_sequence(x, self.axis) if self.sequence else leave(x, self.axis)

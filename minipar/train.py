@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from .device import default_generator
 from .mesh import Mesh
 from .pipeline import Batch, Executor, Stages, spread
 from .recording import collect
-from .schedule import Action, Scheduler, check, communicate, forward_only, one_f_one_b, owners
+from .schedule import Action, Op, Scheduler, check, communicate, forward_only, one_f_one_b, owners
 from .timeline import Span, Timeline, simulate
 from .world import here
 
@@ -40,7 +41,8 @@ def parallelize(
 
     model: `minipar.gpt(...)`, or any module with one list of blocks. Its weights are the initial ones; the module
         itself is left alone.
-    schedule: order of the pipeline's work, `gpipe`, `one_f_one_b` or your own function of (stages, microbatches).
+    schedule: order of the pipeline's work, one of `gpipe`, `one_f_one_b`, `interleaved`, `zero_bubble_h1`,
+        `zero_bubble_h2`, `zero_bubble_v`, or your own function of (ranks of pp, microbatches).
     microbatches: parts into which a step cuts each data rank's rows; their gradients add up.
     loss: (outputs, targets) -> (sum, count). The step divides by the global count, so padding, ignored labels and
         unequal rows come out right. By default the cross-entropy over all tokens that are not labeled -100.
@@ -91,7 +93,7 @@ class Parallel:
         simulate(order)  # raises Deadlock before a rank can hang
         self.microbatches, self.owner = microbatches, owners(order)
         self.training_program = communicate(order)[self.pp.index]
-        self.inference_program = communicate(forward_only(self.pp.size, 1))[self.pp.index]
+        self.inference_program = communicate(forward_only(order))[self.pp.index]
 
         _check_replicas(model, self.device)
         self.module = _twin(model).to(self.device)
@@ -102,7 +104,7 @@ class Parallel:
             key: x for key, x in self.module.state_dict().items() if self.state_names[key] not in self.shapes
         }
         self.streams = tensor.Streams(default_generator(self.device))
-        deferral = Deferral()
+        deferral = Deferral(holds=any(action.op == Op.W for action in chain(*order)))
         self.region = tensor.Region(self.tp, sequence_parallel and self.tp.size > 1, self.streams, deferral)
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
@@ -212,9 +214,9 @@ class Parallel:
         own = [p for name, p in self.here.items() if name in self.trained and first[name] == stage]
         return [data.Gradients(some, self.dp) for some in _by_dtype(own).values()]
 
-    def _reduce(self, stage: int) -> None:
+    def _reduce(self, stage: int, coming: set[Tensor] | None) -> None:
         for some in self.gradients[stage]:
-            some.arm()
+            some.arm(coming)
 
     def _sum_partial(self) -> None:
         """Whole parameters that saw only a part (of the sequence, of the heads): sum over the tensor ranks."""

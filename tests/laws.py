@@ -50,7 +50,8 @@ class Case:
 
     def __str__(self) -> str:
         marks = ["sequence"] * self.sequence + ["tied"] * self.config.tied
-        return " ".join([str(self.mesh), self.schedule.__name__, *marks])
+        name = getattr(self.schedule, "__name__", str(self.schedule))
+        return " ".join([str(self.mesh), name, f"microbatches={self.microbatches}", *marks])
 
     def lay_out(self, model: nn.Module, **options: Any) -> Any:
         """The model on this case's mesh; called on a rank."""

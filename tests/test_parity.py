@@ -19,7 +19,18 @@ from laws import (
 )
 from torch import nn
 
-from minipar import Config, Mesh, World, gpipe, one_f_one_b, parallelize
+from minipar import (
+    Config,
+    Mesh,
+    World,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    parallelize,
+    zero_bubble_h1,
+    zero_bubble_h2,
+    zero_bubble_v,
+)
 
 MESHES = [Mesh(dp=dp, pp=pp, tp=tp) for dp, pp, tp in product(range(1, 9), repeat=3) if dp * pp * tp <= 8]
 MICROBATCHES = {1: 2, 2: 3, 3: 4}  # by pp: enough that 1F1B has a steady phase; deeper pipelines get 3
@@ -95,6 +106,35 @@ def test_these_are_all_the_layouts_and_their_batches_are_uneven():
         assert case.config.depth % mesh.pp or mesh.pp in (1, 8)
 
 
+# Other schedules.
+
+
+@cache
+def every_schedule(tied):
+    """Law -> the cases that break it, over schedules and meshes of 4 ranks, with blocks that stages share unevenly."""
+    schedules = [interleaved, partial(interleaved, chunks=3), zero_bubble_h1, zero_bubble_h2, zero_bubble_v]
+    config = Config(vocab=37, context=12, depth=14, width=8, heads=2, tied=tied)
+    cases = [
+        Case(mesh, config, schedule, microbatches, sequence, rows=11, length=6)
+        for mesh in (Mesh(dp=4), Mesh(dp=2, pp=2), Mesh(pp=2, tp=2), Mesh(pp=4))
+        for schedule, microbatches in product(schedules, (1, 2, 5))
+        for sequence in {False, mesh.tp > 1}
+        if mesh.dp * microbatches <= 11
+    ]
+    with World(4) as world:
+        found = world.run(on_a_rank, cases, [one_process(config, 11, 6)] * len(cases))
+    return {
+        law: [f"{cases[i]}: {broken[law]}" for rank in found for i, broken in enumerate(rank) if law in broken]
+        for law in ("loss", "gradients", "step")
+    }
+
+
+@pytest.mark.parametrize("law", ["loss", "gradients", "step"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_schedule_computes_what_one_process_computes(tied, law):
+    assert every_schedule(tied)[law] == []
+
+
 # Other models, other batches.
 
 LAYOUTS = [
@@ -102,12 +142,18 @@ LAYOUTS = [
     {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "schedule": gpipe},
     {"mesh": Mesh(dp=2, pp=2), "microbatches": 3},
     {"mesh": Mesh(pp=4), "microbatches": 5},
+    {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "schedule": interleaved},
+    {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "schedule": zero_bubble_v},
+    {"mesh": Mesh(pp=4), "microbatches": 5, "schedule": zero_bubble_h2},
 ]
 CUT_LAYOUTS = [  # for models with a plan
     {"mesh": Mesh(dp=2, tp=2), "microbatches": 3},
     {"mesh": Mesh(dp=2, tp=2), "sequence_parallel": True},
     {"mesh": Mesh(pp=2, tp=2), "microbatches": 3},
     {"mesh": Mesh(tp=4), "sequence_parallel": True},
+    {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": interleaved, "sequence_parallel": True},
+    {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": zero_bubble_h1},
+    {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": zero_bubble_v},
 ]
 TINY = Config(vocab=19, context=8, depth=4, width=16, heads=4)
 

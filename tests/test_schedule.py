@@ -1,6 +1,7 @@
 """Schedules are complete and correct data, and simulating them gives the closed forms."""
 
 import time
+from functools import partial
 from itertools import pairwise, product
 
 import pytest
@@ -8,39 +9,67 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minipar import Costs, Mesh, bubble, gpipe, one_f_one_b, parallelize, simulate
+from minipar import (
+    Costs,
+    Mesh,
+    bubble,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    parallelize,
+    simulate,
+    zero_bubble_h1,
+    zero_bubble_h2,
+    zero_bubble_v,
+)
 from minipar.model import Config, gpt
 from minipar.schedule import COMPUTE, Action, Op, check, communicate, depends_on, forward_only, in_flight, owners
 from minipar.timeline import Deadlock
 
 SCHEDULES = [gpipe, one_f_one_b]
+CHUNKED = {interleaved: 2, partial(interleaved, chunks=3): 3, zero_bubble_v: 2}  # -> stages of a rank
+SPLIT = [zero_bubble_h1, zero_bubble_h2, zero_bubble_v]
+EVERY = [*SCHEDULES, *CHUNKED, *SPLIT[:2]]
 sizes = st.tuples(st.sampled_from(SCHEDULES), st.integers(1, 9), st.integers(1, 12))
+every = st.tuples(st.sampled_from(EVERY), st.integers(1, 9), st.integers(1, 12))
 seconds = st.floats(0.01, 100)
 
 
-@given(sizes)
+def stages_of(schedule, ranks):
+    return ranks * CHUNKED.get(schedule, 1)
+
+
+@given(every)
 def test_every_schedule_is_complete_and_in_order(size):
-    schedule, stages, microbatches = size
-    order = schedule(stages, microbatches)
-    assert len(order) == stages
+    schedule, ranks, microbatches = size
+    order, stages = schedule(ranks, microbatches), stages_of(schedule, ranks)
+    assert len(order) == ranks
     check(order, microbatches)
-    for stage, program in enumerate(order):
-        assert sorted(program) == sorted(Action(op, stage, m) for op, m in product((Op.F, Op.B), range(microbatches)))
+    ops = (Op.F, Op.I, Op.W) if schedule in SPLIT else (Op.F, Op.B)
+    everything = sorted(Action(op, s, m) for op, s, m in product(ops, range(stages), range(microbatches)))
+    assert sorted(action for program in order for action in program) == everything
 
 
-@given(sizes, seconds, seconds, seconds, st.floats(0, 10))
+def test_the_v_turns_at_the_last_rank_and_interleaved_stages_go_around():
+    assert owners(zero_bubble_v(3, 4)) == {0: 0, 1: 1, 2: 2, 3: 2, 4: 1, 5: 0}
+    assert owners(interleaved(3, 4)) == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}
+
+
+@given(every, seconds, seconds, seconds, st.floats(0, 10))
 def test_nothing_starts_before_what_it_needs(size, forward, backward_input, backward_weight, communication):
-    schedule, stages, microbatches = size
+    schedule, ranks, microbatches = size
     costs = Costs(forward, backward_input, backward_weight, communication)
-    timeline = simulate(schedule(stages, microbatches), costs)
+    order = schedule(ranks, microbatches)
+    timeline, owner = simulate(order, costs), owners(order)
     ended = {s.action: s.end for s in timeline.spans}
+    ended |= {a._replace(op=Op.I): end for a, end in ended.items() if a.op == Op.B}
     for s in timeline.spans:
-        for needed in depends_on(s.action, stages - 1):
-            latency = communication if needed.stage != s.action.stage else 0
-            assert s.start >= ended[needed] + latency
+        for needed in depends_on(s.action, max(owner)):
+            latency = communication if owner[needed.stage] != s.rank else 0
+            assert s.start >= ended[needed._replace(op=Op.I) if needed.op == Op.B else needed] + latency
     for rank in timeline.ranks:  # a rank does one thing at a time, in the order of its program
         own = timeline.of(rank)
-        assert [s.action for s in own] == schedule(stages, microbatches)[rank]
+        assert [s.action for s in own] == order[rank]
         assert all(a.end <= b.start for a, b in pairwise(own))
 
 
@@ -68,6 +97,40 @@ def test_gpipe_holds_all_microbatches_and_1f1b_as_many_as_stages_follow(p, m):
     assert [in_flight(program) for program in one_f_one_b(p, m)] == [min(m, p - r) for r in range(p)]
 
 
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), seconds, seconds)
+def test_interleaving_divides_the_bubble_by_the_chunks(p, groups, v, forward, backward):
+    """(p-1)/(vm) of the work, where p divides m (Narayanan et al. 2021). Costs are of a chunk."""
+    m = p * groups
+    order = interleaved(p, m, chunks=v)
+    timeline = simulate(order, Costs(forward, backward, 0))
+    work = m * v * (forward + backward)
+    assert timeline.end - work == pytest.approx((p - 1) * (forward + backward), rel=1e-6, abs=1e-6 * work)
+    assert [in_flight(program) for program in order] == [
+        min(m * v, 2 * (p - r - 1) + (v - 1) * p + 1) for r in range(p)
+    ]
+
+
+@given(st.integers(1, 8), st.integers(0, 9), seconds, seconds, seconds)
+def test_split_backwards_fill_the_bubble_as_the_paper_says(p, more, f, i, w):
+    """(p-1)(F+I-W) and (p-1)(F+I-2W) by a rank's own span (Qi et al. 2023, Zero Bubble Pipeline Parallelism), where
+    weight gradients fit into the time that is left for them."""
+    w = min(w, f, i)
+    m = 2 * p - 1 + more
+    for schedule, held, gap in ((zero_bubble_h1, p, f + i - w), (zero_bubble_h2, 2 * p - 1, f + i - 2 * w)):
+        order = schedule(p, m)
+        timeline = simulate(order, Costs(f, i, w))
+        longest = max(own[-1].end - own[0].start for own in map(timeline.of, timeline.ranks))
+        assert longest - m * (f + i + w) == pytest.approx((p - 1) * gap, rel=1e-6, abs=1e-6 * m * (f + i + w))
+        assert [in_flight(program) for program in order] == [min(m, held)] * p
+
+
+@given(st.integers(1, 8), st.integers(0, 9))
+def test_the_v_has_no_bubble_where_all_three_take_as_long_and_holds_as_much_as_1f1b(p, more):
+    order = zero_bubble_v(p, 2 * p - 1 + more)
+    assert bubble(simulate(order, Costs(1, 1, 1)), of="stage") == pytest.approx(0)
+    assert [in_flight(program) for program in order] == [2 * p] * p or p == 1  # halves of 1F1B's stages
+
+
 def test_with_latency_1f1b_waits_longer_than_gpipe():
     """8 stages, 24 microbatches, F 1, B 2, latency 0.1.
 
@@ -90,61 +153,76 @@ def test_costs_may_depend_on_the_action():
 # Communication.
 
 
-@given(sizes, st.integers(0, 3))
+@given(every, st.integers(0, 3))
 @example((one_f_one_b, 3, 1), 0)
 def test_each_send_has_one_receive_on_the_neighbor(size, ahead):
-    schedule, stages, microbatches = size
-    program = communicate(schedule(stages, microbatches), ahead)
+    schedule, ranks, microbatches = size
+    order = schedule(ranks, microbatches)
+    program, owner = communicate(order, ahead), owners(order)
     have = [set(actions) for actions in program]
     assert [len(actions) for actions in program] == [len(s) for s in have]
-    for s, actions in enumerate(have):
-        for m in range(microbatches):
-            assert (Action(Op.SEND_ACTIVATION, s, m) in actions) == (s < stages - 1)
-            assert (Action(Op.RECV_ACTIVATION, s, m) in actions) == (s > 0)
-            assert (Action(Op.SEND_GRADIENT, s, m) in actions) == (s > 0)
-            assert (Action(Op.RECV_GRADIENT, s, m) in actions) == (s < stages - 1)
-            assert (Action(Op.LOAD, s, m) in actions) == (s == 0)
-            assert (Action(Op.LOSS, s, m) in actions) == (s == stages - 1)
+    last = max(owner)
+    for s, rank in owner.items():
+        above, below = s > 0 and owner[s - 1] != rank, s < last and owner[s + 1] != rank
+        expected = {
+            Op.SEND_ACTIVATION: below,
+            Op.PASS_ACTIVATION: s < last and not below,
+            Op.RECV_ACTIVATION: above,
+            Op.SEND_GRADIENT: above,
+            Op.PASS_GRADIENT: s > 0 and not above,
+            Op.RECV_GRADIENT: below,
+            Op.LOAD: s == 0,
+            Op.LOSS: s == last,
+        }
+        for op, m in product(expected, range(microbatches)):
+            assert (Action(op, s, m) in have[rank]) == expected[op]
 
 
-@given(sizes, st.integers(0, 3))
+@given(every, st.integers(0, 3))
 def test_communication_stands_where_it_must(size, ahead):
-    """A receive before its computation, a send behind it; computations keep their order; REDUCE stands once, after
-    which exactly one backward of its stage follows."""
-    schedule, stages, microbatches = size
-    order = schedule(stages, microbatches)
+    """A receive before its computation, a send behind it; computations keep their order; REDUCE stands once a stage,
+    before the computation that makes its gradients final."""
+    schedule, ranks, microbatches = size
+    backward, final = (Op.I, Op.W) if schedule in SPLIT else (Op.B, Op.B)
+    order = schedule(ranks, microbatches)
     for plain, program in zip(order, communicate(order, ahead), strict=True):
         assert [a for a in program if a.op in COMPUTE] == plain
         at = {action: i for i, action in enumerate(program)}
         computed = [a for a in program if a.op in COMPUTE]
         for action, i in at.items():
-            forward, backward = (at[action._replace(op=op)] for op in (Op.F, Op.B))
+            forth, back = (at[action._replace(op=op)] for op in (Op.F, backward))
             if action.op in (Op.LOAD, Op.RECV_ACTIVATION):
-                assert i < forward
-                between = [a for a in program[i:forward] if a.op in COMPUTE]
+                assert i < forth
+                between = [a for a in program[i:forth] if a.op in COMPUTE]
                 assert len(between) == min(ahead, computed.index(action._replace(op=Op.F)))
             elif action.op == Op.RECV_GRADIENT:
-                assert i < backward
-            elif action.op in (Op.SEND_ACTIVATION, Op.LOSS):
-                assert forward < i < backward
-            elif action.op == Op.SEND_GRADIENT:
-                assert backward < i
-        (reduce,) = [i for i, a in enumerate(program) if a.op == Op.REDUCE]
-        assert len([a for a in program[reduce:] if a.op == Op.B]) == 1
+                assert i < back
+            elif action.op in (Op.SEND_ACTIVATION, Op.PASS_ACTIVATION, Op.LOSS):
+                assert forth < i < back
+            elif action.op in (Op.SEND_GRADIENT, Op.PASS_GRADIENT):
+                assert back < i
+        for stage in {a.stage for a in plain}:
+            (reduce,) = [i for i, a in enumerate(program) if a.op == Op.REDUCE and a.stage == stage]
+            assert len([a for a in program[reduce:] if a.op == final and a.stage == stage]) == 1
 
 
-def test_inference_has_no_backward():
-    ops = {action.op for program in communicate(forward_only(3, 2)) for action in program}
-    assert ops == {Op.LOAD, Op.F, Op.SEND_ACTIVATION, Op.RECV_ACTIVATION, Op.LOSS}
+def test_inference_takes_one_microbatch_through_the_same_stages():
+    program = communicate(forward_only(zero_bubble_v(2, 3)))
+    assert [[f"{a.op} of {a.stage}" for a in actions] for actions in program] == [
+        ["load of 0", "recv x of 3", "F of 0", "send x of 0", "F of 3", "loss of 3"],
+        ["recv x of 1", "F of 1", "pass x of 1", "F of 2", "send x of 2"],
+    ]
 
 
 # Deadlock.
 
 
-@given(sizes)
+@given(every)
 def test_with_buffered_sends_there_is_no_deadlock(size):
-    schedule, stages, microbatches = size
-    assert len(simulate(schedule(stages, microbatches)).spans) == 2 * stages * microbatches
+    schedule, ranks, microbatches = size
+    backward = 2 if schedule in SPLIT else 1
+    spans = simulate(schedule(ranks, microbatches)).spans
+    assert len(spans) == (1 + backward) * stages_of(schedule, ranks) * microbatches
 
 
 @given(sizes)
@@ -268,19 +346,18 @@ def test_activations_and_gradients_may_take_different_times_to_travel():
 # The executor holds what the schedule says.
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY, ids=str)
 @pytest.mark.parametrize("microbatches", [2, 6])
-def test_a_rank_holds_as_many_microbatches_as_the_formula_says(world4, schedule, microbatches):
-    assert world4.run(most_held, schedule, microbatches) == [
-        microbatches if schedule is gpipe else min(microbatches, 4 - rank) for rank in range(4)
-    ]
+def test_a_rank_holds_as_many_microbatches_as_the_schedule_says(world4, schedule, microbatches):
+    held = [in_flight(program) for program in schedule(4, microbatches)]
+    assert world4.run(most_held, schedule, microbatches) == held
 
 
 def most_held(schedule, microbatches):
-    """The largest number of microbatches whose inputs or outputs a rank's executor held during a step."""
+    """The largest number of microbatches of which a rank's executor held something for backward during a step."""
     tokens = torch.arange(64).view(8, 8)
     parallel = parallelize(
-        gpt(Config(vocab=64, width=8, heads=2)), Mesh(pp=4), schedule=schedule, microbatches=microbatches
+        gpt(Config(vocab=64, depth=12, width=8, heads=2)), Mesh(pp=4), schedule=schedule, microbatches=microbatches
     )
     executor, most = parallel.executor, 0
     do = dict(executor.DO)
@@ -289,12 +366,12 @@ def most_held(schedule, microbatches):
         def action(self, action):
             nonlocal most
             do[op](self, action)
-            most = max(most, len(self.outputs), sum(state is not None for state in self.states.values()))
+            most = max(most, len(self.weights))
 
         return action
 
     executor.DO = {op: counting(op) for op in do}
     parallel.step(tokens, tokens)
-    assert not executor.outputs and not executor.gradients and not executor.posted
+    assert not executor.outputs and not executor.gradients and not executor.posted and not executor.weights
     assert not any(state is not None for state in executor.states.values())
     return most
