@@ -218,6 +218,7 @@ def test_the_command_line_leads_from_a_failure_over_hints_to_the_solution(at, ca
     assert status == 1
     assert "todo  90.1    Double" in text and "fail  90.2    Mend" in text and "0 of 2 pass" in text
     assert "90.2 Mend\n  triple(2) is 5, not 6" in text
+    assert re.search(r"0 of 2 pass, \d+\.\d s \(\d+\.\d s of it to start the kernel and the ranks\)", text)
     assert "hint 1 of 2\n\nTwo times." in say("hint", "90.1")[1]
     assert "hint 2 of 2\n\nUse `two * x`." in say("hint", "90.1")[1]
     assert "hint 2 of 2" in say("hint", "90.1")[1]  # stays at the last one
@@ -234,12 +235,30 @@ def test_the_command_line_leads_from_a_failure_over_hints_to_the_solution(at, ca
     assert "pass  90.1" in text and "pass  90.2" not in text and "1 of 2 tasks have passed" in text
 
 
+def test_every_failure_is_told_and_one_task_can_be_graded_alone(at, capsys):
+    path = at / "exercises/90_small.ipynb"
+    notebook = read(path)
+    next(cell for cell in notebook.cells if cell.id == "task-90-1").source = "def double(x): return 5"
+    nbformat.write(notebook, path)
+    assert main(["grade", "exercises/90_small.ipynb"]) == 1
+    text = capsys.readouterr().out
+    assert "90.1 Double\n  double(2) is 5, not 4\n  next hint" in text and "90.2 Mend\n  triple(2) is 5" in text
+    assert "python -m minipar grade exercises/90_small.ipynb --task 90.2" in text
+    assert main(["grade", "exercises/90_small.ipynb", "--task", "90.2"]) == 1
+    text = capsys.readouterr().out
+    assert "triple(2) is 5" in text and "0 of 1 pass" in text and "90.1" not in text
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
         (["grade", "exercises/91.ipynb"], "there is no exercises/91.ipynb"),
         (["grade", "other.ipynb"], "other.ipynb is not an exercise of this course: there are 90_small.ipynb"),
         (["grade", "exercises/90_broken.ipynb"], "cannot be read as a notebook"),
+        (
+            ["grade", "exercises/90_small.ipynb", "--task", "3a.7"],
+            "90_small.ipynb has no task 03a.7; it has 90.1, 90.2",
+        ),
         (["hint", "3a.7"], "there is no task '3a.7'; there are 90.1, 90.2"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tasks import CourseError, Progress, Solution, course, find, solutions_folder
+from .tasks import CourseError, Progress, Solution, course, find, full_name, solutions_folder
 
 if TYPE_CHECKING:
     from .grade import Verdict
@@ -20,6 +20,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the course's commands. Each sets `run`, a function from the parsed options to an exit status."""
     grade = commands.add_parser("grade", help="grade exercise notebooks, one line a task")
     grade.add_argument("notebooks", nargs="+", type=Path, help="for example exercises/03a*.ipynb")
+    grade.add_argument("--task", help="grade this one only, for example 03a.2")
     grade.add_argument("--watch", action="store_true", help="grade again each time a notebook is saved")
     grade.set_defaults(run=lambda options: _said(_grade, options))
 
@@ -53,34 +54,39 @@ def _grade(options: argparse.Namespace) -> int:
             raise CourseError(f"there is no {notebook}")
     first, *others = options.notebooks
     # The kernel's own imports take longest: it starts before all else is loaded here.
-    passed = [_grade_one(first, Kernel(first.resolve().parent)), *map(_grade_one, others)]
+    kernels = [Kernel(first.resolve().parent), *[None for _ in others]]
+    only = full_name(options.task) if options.task else None
+    passed = [_grade_one(*some, only) for some in zip(options.notebooks, kernels, strict=True)]
     if options.watch:
-        _watch(options.notebooks)
+        _watch(options.notebooks, only)
     return 0 if all(passed) else 1
 
 
-def _grade_one(notebook: Path, kernel: "Kernel | None" = None) -> bool:
+def _grade_one(notebook: Path, kernel: "Kernel | None", only: str | None) -> bool:
     from .grade import grade
 
-    started = time.perf_counter()
-    print(f"{notebook.name}")
-    verdicts = grade(notebook, _show, kernel)
+    started, ready = time.perf_counter(), 0.0
+
+    def show(verdict: "Verdict") -> None:
+        nonlocal ready
+        ready = ready or time.perf_counter() - verdict.seconds
+        task = verdict.task
+        print(f"  {verdict.outcome:<4}  {task.id:<6}  {task.title:<52}{verdict.seconds:5.1f} s", flush=True)
+
+    print(f"{notebook.name}", flush=True)
+    verdicts = grade(notebook, show, kernel, only)
     good = [v.task.id for v in verdicts if v.outcome == "pass"]
-    print(f"{len(good)} of {len(verdicts)} pass, {time.perf_counter() - started:.1f} s")
+    took = f"{time.perf_counter() - started:.1f} s ({ready - started:.1f} s of it to start the kernel and the ranks)"
+    print(f"{len(good)} of {len(verdicts)} pass, {took}")
     progress = Progress.load()
     progress.passed |= set(good)
     progress.save()
-    _explain_first(verdicts, progress)
+    _explain(verdicts, progress, notebook)
     return len(good) == len(verdicts)
 
 
-def _show(verdict: "Verdict") -> None:
-    task = verdict.task
-    print(f"  {verdict.outcome:<4}  {task.id:<6}  {task.title:<52}{verdict.seconds:5.1f} s", flush=True)
-
-
-def _explain_first(verdicts: "list[Verdict]", progress: Progress) -> None:
-    """What is wrong with the first failure; without one, which task is next."""
+def _explain(verdicts: "list[Verdict]", progress: Progress, notebook: Path) -> None:
+    """What is wrong with the first failure, and a line for each other; without one, which task is next."""
     order = [v for outcome in ("fail", "todo") for v in verdicts if v.outcome == outcome]
     if not order:
         return
@@ -92,9 +98,15 @@ def _explain_first(verdicts: "list[Verdict]", progress: Progress) -> None:
         print(f"  next hint ({shown + 1} of {there}): {COMMAND} hint {first.task.id}")
     elif there:
         print(f"  all {there} hints are read; the solution: {COMMAND} solution {first.task.id} --reveal")
+    others = [v for v in order[1:] if v.outcome == "fail"]
+    for other in others:
+        line, *more = other.reason.split("\n")
+        print(f"\n{other.task.id} {other.task.title}\n  {line}{' ...' * bool(more)}")
+    if others:
+        print(f"\none task alone, in full: {COMMAND} grade {notebook} --task {others[0].task.id}")
 
 
-def _watch(notebooks: list[Path]) -> None:
+def _watch(notebooks: list[Path], only: str | None) -> None:
     """Grade a notebook each time it is saved, until Ctrl-C. A kernel waits ready meanwhile."""
     from .kernel import Kernel
 
@@ -107,7 +119,7 @@ def _watch(notebooks: list[Path]) -> None:
             for notebook in notebooks:
                 if notebook.exists() and notebook.stat().st_mtime_ns != seen[notebook]:
                     seen[notebook] = notebook.stat().st_mtime_ns
-                    _grade_one(notebook, kernel)
+                    _grade_one(notebook, kernel, only)
                     kernel = Kernel(notebook.resolve().parent)
     except KeyboardInterrupt:
         print()

@@ -44,17 +44,24 @@ class Verdict:
 
 
 def grade(
-    notebook: Path, report: Callable[[Verdict], None] = lambda verdict: None, kernel: Kernel | None = None
+    notebook: Path,
+    report: Callable[[Verdict], None] = lambda verdict: None,
+    kernel: Kernel | None = None,
+    only: str | None = None,
 ) -> list[Verdict]:
     """The verdict on every task of an exercise notebook, in order; `report` hears of each as it falls.
 
     kernel: one that was started ahead. It is used up.
+    only: the one task to grade.
     Raises CourseError when the notebook or its solution cannot be read, CellFailed when its set-up does not run.
     """
     kernel = kernel or Kernel(notebook.resolve().parent)
     try:
         solution = read_solution(solutions_folder(notebook) / notebook.name)
-        grader = _Grader(solution, _answers(notebook), kernel, report)
+        tasks = [task for task in solution.tasks if only in (None, task.id)]
+        if not tasks:
+            raise CourseError(f"{notebook.name} has no task {only}; it has {', '.join(t.id for t in solution.tasks)}")
+        grader = _Grader(solution, tasks, _answers(notebook), kernel, report)
     except BaseException:
         kernel.stop()
         raise
@@ -68,7 +75,7 @@ def grade(
         grader.kernel.stop()
     if grader.broken:
         raise grader.broken
-    if len(grader.verdicts) != len(grader.solution.tasks):
+    if len(grader.verdicts) != len(tasks):
         raise RuntimeError(f"the grader itself failed:\n{printed.getvalue()}")
     return grader.verdicts
 
@@ -79,11 +86,13 @@ class _Grader:
     def __init__(
         self,
         solution: Solution,
+        tasks: list[Task],
         answers: dict[str, NotebookNode],
         kernel: Kernel,
         report: Callable[[Verdict], None],
     ):
-        self.solution, self.answers, self.kernel, self.report = solution, answers, kernel, report
+        self.solution, self.tasks, self.answers = solution, tasks, answers
+        self.kernel, self.report = kernel, report
         self.out = sys.stdout
         self.verdicts: list[Verdict] = []
         self.failed: dict[str, tuple[str, str]] = {}  # task -> outcome, reason
@@ -147,7 +156,7 @@ class _File(IPyNbFile):
     def teardown(self) -> None: ...
 
     def collect(self) -> Iterator["_Cell"]:
-        for task in self.grader.solution.tasks:
+        for task in self.grader.tasks:
             yield self._cell(task, self.grader.answers.get(task.answer.id), checks=False)
             yield self._cell(task, task.check, checks=True)
 
@@ -193,7 +202,9 @@ class _Cell(IPyNbCell):
         self.config.option.nbval_cell_timeout = seconds
         self.parent.timed_out = False
         try:
-            if self.checks:
+            if not self.checks:
+                kernel.do(f"{NAMES}.call({self.answer!r}, {self.task.id!r})")
+            else:
                 kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r}, {self.answer!r}, {self.given!r})")
             super().runtest()
             if kernel.asked_to_exit or kernel.reply["status"] != "ok":

@@ -69,9 +69,14 @@ def course(folder: Path) -> list[Solution]:
     return [read_solution(path) for path in sorted(folder.glob("*.ipynb"))]
 
 
+def full_name(name: str) -> str:
+    """A task may be called "3a.2" for "03a.2"."""
+    return name if name[:2].isdigit() else f"0{name}"
+
+
 def find(name: str, folder: Path) -> Task:
-    """The task called "03a.2" ("3a.2" will do). Raises CourseError when there is none."""
-    full = name if name[:2].isdigit() else f"0{name}"
+    """The task of this name. Raises CourseError when there is none."""
+    full = full_name(name)
     every = {task.id: task for solution in course(folder) for task in solution.tasks}
     if full not in every:
         raise CourseError(f"there is no task {name!r}; there are {', '.join(every)}")
