@@ -1,5 +1,5 @@
 # %% [markdown] lang="en"
-# # 03a · Data parallelism: exercises
+# # Exercises of 03a: data parallelism
 #
 # Nine small functions, an hour or so. Together they are the data-parallel half of a training engine: by the end four
 # ranks on your machine train a GPT on Python's documentation, with gradients equal to those of one process to twelve
@@ -21,8 +21,8 @@
 #     python -m minipar solution 03a.2
 #
 # `grade` reads only the cells with a function to finish. Cells that you add are for trying things out. The folded cells
-# belong to the checks, so an answer that uses their model, rows or gradients is refused: take what your function is
-# given, and what is imported.
+# belong to the checks, so an answer that uses their variables (`tokens`, `targets`, ...) or functions is refused: take
+# what your function is given, and what is imported.
 
 # %% tags=["setup"]
 from collections.abc import Callable, Iterable
@@ -237,6 +237,8 @@ with verdict():
 # Now as a function, for any number of rows. No row may be lost and none be on two ranks; and no rank should have two
 # rows more than another, since all wait for the slowest. Three rows on four ranks must work too: then one rank gets
 # an empty share, shape `(0, context)`.
+#
+# The imported `rows` does this already. It is for the tasks further down; here it is refused.
 
 # %% [markdown] lang="en" hint="03a.2"
 # It is the formula of the task before, with `total` for 10, `axis.size` for 4 and `axis.index` for $r$.
@@ -266,6 +268,8 @@ def share(axis, total):
 
 
 with verdict():
+    named = getattr(my_rows, "__code__", share.__code__).co_names
+    assert "rows" not in named, "my_rows uses the imported `rows`: here cut the batch yourself, from total and axis."
     sizes = {}
     for total in (8, 10, 3):
         shares = on_each_rank(share, total)
@@ -382,7 +386,7 @@ with verdict():
         "no labeled token on rank 3": [32, 28, 20, 4, 6, 1, 0, 0],
     }.items():
         wrong = difference(on_each_rank(summed, padded(lengths)), one_process(tokens, padded(lengths)))
-        assert not wrong, f"With {case}, {wrong}"
+        assert not wrong, f"With {case}, {wrong} Divide by the labeled tokens of all ranks, and by nothing else."
     print("every token weighs the same, with padding and without")
 
 # %% [markdown] lang="en"
@@ -534,10 +538,15 @@ with verdict():
     for step, rank in product(range(2), range(4)):
         calls, early = ranks[rank][step]["calls"], ranks[rank][step]["early"]
         when = f"Step {step + 1}, three buckets, two microbatches: rank {rank} makes {calls} calls"
-        assert calls or not step, f"{when}. In step 1 it made {ranks[rank][0]['calls']}: did `missing` stay empty?"
+        after = f"{when}. In step 1 it made {ranks[rank][0]['calls']}:"
+        assert calls or not step, f"{after} did `missing` stay empty?"
         assert calls, f"{when}. Nothing was ever sent: when is a bucket complete?"
         assert calls != 6, f"{when}. Each bucket was sent in each microbatch: wait for the last one."
-        assert calls <= 3, f"{when}. Send a bucket once, when *all* its gradients are there, not for each parameter."
+        assert calls <= 3 or not step, f"{after} then `missing` stayed empty, so that every hook sends."
+        assert calls <= 3, (
+            f"{when}. Send a bucket once, when *all* its gradients are there, not for each parameter. "
+            "Is `missing` filled again after a send, and does it wait for the last microbatch?"
+        )
         wrong = difference([rank[step]["gradients"] for rank in ranks], whole)
         assert not wrong, f"{when}. {wrong[0].upper() + wrong[1:]} Was a bucket sent before it was complete?"
         assert calls == 3, f"{when}. One for each bucket should be made."
@@ -612,8 +621,7 @@ with verdict():
 #
 # This step cuts a rank's rows into microbatches, to save memory. It has trained models for months, and its loss curve
 # is the same with and without microbatches. Yet it breaks a law. The cell after it compares one microbatch with two,
-# on five lines: run it, read, and say which law fails. Then mend the step. Real repositories have had this bug for
-# years.
+# on five lines: run it, read, and say which law fails. Then mend the step.
 #
 # (If the curve looks right, what is it to you? Your learning rate does not mean what you think, weight decay and
 # clipping work at another strength than you set, and plain SGD goes astray.)

@@ -44,6 +44,34 @@ def my_rows(batch, axis):  # rounded up
     return batch[each * axis.index : each * (axis.index + 1)]
 
 
+# %% task="03a.2" says="my_rows uses the imported `rows`: here cut the batch yourself"
+def my_rows(batch, axis):
+    return rows(batch, axis.size)[axis.index]
+
+
+# %% task="03a.2" says="my_rows uses the imported `rows`: here cut the batch yourself"
+def my_rows(batch, axis):
+    from minipar.data import rows as cut
+
+    return cut(batch, axis.size)[axis.index]
+
+
+# %% task="03a.2" says="your answer to 03a.2"
+def my_rows(batch, axis):
+    return batch.share(axis.index)
+
+
+# %% task="03a.2" says="of a folded cell: return my_rows(batch, axis)"
+def my_rows(batch, axis):  # no cell goes by its number: while grading, all have the same
+    return batch.share(axis.size)
+
+
+# %% task="03a.3" says="line 3 of your answer to 03a.3"
+def average_gradients(parameters, axis):  # a rank that does not take part
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis) / axis.size if axis.index else p.grad
+
+
 # %% task="03a.3" says="is 4 times that of one process, on every rank: summed over the 4 ranks?"
 def average_gradients(parameters, axis):  # the sum
     for p in parameters:
@@ -141,7 +169,7 @@ def average_gradients(parameters, axis):  # on the ranks, and not until it is ca
         p.grad = all_reduce(p.grad, axis) / all_reduce(torch.ones(()), axis)
 
 
-# %% task="03a.4" says="With equal lengths, rank 0: the gradient of embed.token.weight (512, 32) is 4 times that of one process"
+# %% task="03a.4" says="is 4 times that of one process, on every rank: summed over the 4 ranks? Divide by the labeled tokens of all ranks"
 def my_part_of_the_loss(total, count, axis):  # each rank's own mean
     return total / count
 
@@ -248,6 +276,33 @@ def launch_early(bucket, flat, axis, is_last, launched):
                 launched.append(start_all_reduce(flat, axis))
 
     done = []
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="rank 0 makes 21 calls. In step 1 it made 3: then `missing` stayed empty, so that every hook sends."
+def launch_early(bucket, flat, axis, is_last, launched):  # never filled again
+    missing = set(bucket)
+
+    def ready(p):
+        if is_last():
+            missing.discard(p)
+            if not missing:
+                launched.append(start_all_reduce(flat, axis))
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="rank 0 makes 24 calls. Send a bucket once, when *all* its gradients are there, not for each parameter. Is `missing` filled again after a send, and does it wait for the last microbatch?"
+def launch_early(bucket, flat, axis, is_last, launched):  # nor does it wait
+    missing = set(bucket)
+
+    def ready(p):
+        missing.discard(p)
+        if not missing:
+            launched.append(start_all_reduce(flat, axis))
+
     for p in bucket:
         p.register_post_accumulate_grad_hook(ready)
 
