@@ -1,9 +1,11 @@
 """Notebooks are what their sources say, and fit for readers."""
 
+import ast
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from minipar.course import build
 
@@ -106,6 +108,23 @@ def test_notebooks_are_what_their_sources_say(source):
     if source.parts[-3] == "solutions":
         exercise = ROOT / "exercises" / notebook.name
         assert build.to_text(build.blank(written, solved)) == exercise.read_text(encoding="utf-8"), "make notebooks"
+
+
+@pytest.mark.parametrize("chapter", sorted(ROOT.glob("chapters/*.ipynb")), ids=lambda path: path.stem)
+def test_what_a_chapter_shows_of_the_package_is_its_source_of_today(chapter, monkeypatch):
+    """A build keeps the outputs of a notebook whose own code has not changed. It does not look at the package."""
+    names, shown = {}, []
+    monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
+    for cell in build.code_cells(nbformat.read(chapter, as_version=4)):
+        code = ast.parse(TransformerManager().transform_cell(cell.source))  # of %magic
+        imports = [node for node in code.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and "show_source" in ast.dump(node.func)]
+        shown.clear()
+        for node in [*imports, *map(ast.Expr, calls)]:
+            exec(compile(ast.fix_missing_locations(ast.Module([node], [])), chapter.name, "exec"), names)
+        stored = [text for out in cell.outputs if (text := out.get("data", {}).get("text/markdown"))]
+        again = f"{cell.source}\nshows old code: python -m minipar.course.build {chapter.stem} --force"
+        assert not calls or stored == shown, again
 
 
 def test_every_exercise_has_at_least_three_wrong_answers_for_each_task():
