@@ -110,6 +110,27 @@ def start_all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
     return axis.transport.all_reduce(x, op)
 
 
+def start_all_gather(x: Tensor, axis: Axis, out: Tensor) -> Pending:
+    """Every rank's x, 1-d, side by side in `out`, without waiting. x may be its own part of `out`."""
+    return axis.transport.all_gather(x, out)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
+    """This rank's share of the sum of every rank's x, 1-d and divisible, without waiting."""
+    share = [len(x) // axis.size] * axis.size
+    parts = axis.transport.all_to_all(x, share, share, "reduce_scatter")
+    return Pending(_Sum(parts, total := x.new_empty(share[0])), total)
+
+
+@dataclass
+class _Sum:
+    parts: Pending
+    total: Tensor
+
+    def wait(self) -> None:
+        torch.sum(self.parts.wait().view(-1, len(self.total)), 0, out=self.total)
+
+
 def all_gather(x: Tensor, axis: Axis, dim: int = 0, size: int | None = None) -> Tensor:
     """Every rank's x side by side along `dim`. Sends (n-1)/n of the result.
 

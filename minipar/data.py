@@ -84,3 +84,6 @@ class Gradients:
             self._start()
         for pending in self.pending:
             pending.wait()
+
+    def scale(self, factor: float) -> None:
+        self.flat.mul_(factor)

@@ -8,7 +8,8 @@ left behind the last one.
 import json
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +49,14 @@ class Stages:
     The blocks are cut evenly; what is registered before them goes with the first, what comes behind with the last.
     The module that is given is changed: what lives on other ranks gives up its memory.
 
+    blocks: stage -> its blocks by name; none where there is one stage only and nobody needs them.
     home: name of a parameter or buffer -> its stage.
     homes: parameter -> the stages that use it, two if it is tied and its names lie apart.
     """
 
-    def __init__(self, model: nn.Module, count: int, mine: set[int]):
+    def __init__(self, model: nn.Module, count: int, mine: set[int], needs_blocks: bool = False):
         whole = "", nn.ModuleList()  # one stage needs no cut, so any model will do
-        name, blocks = find_blocks(model, count) if count > 1 else whole
+        name, blocks = find_blocks(model, count) if count > 1 or needs_blocks else whole
         self.model, self.window, self.cuts = model, Window(), bounds(len(blocks), count)
         self.home = home = self._home_of_names(f"{name}.")
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
@@ -66,10 +68,17 @@ class Stages:
         for parameter, stages in self.homes.items():
             if not stages & mine:
                 _give_up(parameter)
-        for place in range(len(blocks)):
+        self.blocks: dict[int, dict[str, nn.Module]] = defaultdict(dict)  # stage -> name -> block
+        for place, block in enumerate(blocks):
+            self.blocks[self._stage_of_block(place)][f"{name}.{place}"] = block
             if self._stage_of_block(place) not in mine:
                 blocks[place] = nn.Identity()  # never reached: the window leaves or passes it by
-            _ask_window(blocks[place], place, self.window)
+        self._all = blocks
+
+    def open_window(self) -> None:
+        """From now on a forward runs one stage."""
+        for place, block in enumerate(self._all):
+            _ask_window(block, place, self.window)
 
     def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
         """Run one stage: the state that leaves it, or, from the last one, what the model returns."""
@@ -203,8 +212,8 @@ class Executor:
     Sends never block. Receives are posted where the program says, and waited for where their data is needed. The
     first time that a stage sees inputs of some shape, the shape of what it sends travels ahead.
 
-    owner: stage -> index on the axis. before(action) is called before each forward; reduce(stage, coming) at REDUCE,
-    with the parameters whose gradient is still to come, or None for all.
+    owner: stage -> index on the axis. prepare(action) and settle(action) are called around each computation;
+    reduce(stage, coming) at REDUCE, with the parameters whose gradient is still to come, or None for all.
     """
 
     def __init__(
@@ -214,11 +223,12 @@ class Executor:
         owner: dict[int, int],
         deferral: Deferral,
         device: torch.device,
-        before: Callable[[Action], None],
+        prepare: Callable[[Action], None],
+        settle: Callable[[Action], None],
         reduce: Callable[[int, set[Tensor] | None], None],
     ):
         self.stages, self.axis, self.owner, self.deferral, self.device = stages, axis, owner, deferral, device
-        self.before, self.reduce_stage = before, reduce
+        self.prepare, self.settle, self.reduce_stage = prepare, settle, reduce
         self.specs: dict[tuple[int, Any], Spec] = {}  # (stage, shapes of its inputs) -> what it gives
         self.spans: list[tuple[Action, float, float]] = []
 
@@ -257,13 +267,10 @@ class Executor:
         place = (action.stage, action.microbatch)
         if place not in self.states:
             self.states[place] = self._arrived_state(action)
-        start = time.perf_counter()
-        self.before(action)
-        self.weights[place] = self.deferral.begin()
-        with self.deferral:
-            output = self.stages(action.stage, self.states[place], self.inputs[action.microbatch])
-        self.outputs[place] = output
-        self.spans.append((action, start, time.perf_counter()))
+        with self._computing(action):
+            self.weights[place] = self.deferral.begin()
+            with self.deferral:
+                self.outputs[place] = self.stages(action.stage, self.states[place], self.inputs[action.microbatch])
 
     def backward(self, action: Action) -> None:
         self._backward(action, whole=True)
@@ -275,17 +282,23 @@ class Executor:
         place = (action.stage, action.microbatch)
         if place not in self.gradients:
             self.gradients[place] = self._arrived(action._replace(op=Op.RECV_GRADIENT))
-        start = time.perf_counter()
         outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
-        if whole:
-            self.weights.pop(place).finish()
-        self.spans.append((action, start, time.perf_counter()))
+        with self._computing(action):
+            torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+            if whole:
+                self.weights.pop(place).finish()
 
     def weight_backward(self, action: Action) -> None:
+        with self._computing(action):
+            self.weights.pop((action.stage, action.microbatch)).finish()
+
+    @contextmanager
+    def _computing(self, action: Action) -> Iterator[None]:
         start = time.perf_counter()
-        self.weights.pop((action.stage, action.microbatch)).finish()
+        self.prepare(action)
+        yield
+        self.settle(action)
         self.spans.append((action, start, time.perf_counter()))
 
     def reduce(self, action: Action) -> None:

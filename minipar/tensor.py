@@ -6,7 +6,7 @@ and their name; only the forward of a layer that is cut changes. `Cut`, kept on 
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,18 @@ def cut(module: nn.Module, name: str, dim: int, axis: Axis) -> None:
 def whole(parameter: Tensor, tensor: Tensor, axis: Axis) -> Tensor:
     """The whole of `tensor`, which is the parameter's own data or its gradient."""
     return parameter.cut.put_together(tensor, axis) if hasattr(parameter, "cut") else tensor
+
+
+def widest(parameters: Iterable[nn.Parameter], axis: Axis) -> int:
+    """Elements that the rank with the largest shares has of all these parameters together."""
+
+    def elements(parameter: Any, index: int) -> int:
+        if not hasattr(parameter, "cut"):
+            return parameter.numel()
+        return parameter.numel() // max(parameter.size(parameter.cut.dim), 1) * len(parameter.cut.shares[index])
+
+    parameters = list(parameters)
+    return max(sum(elements(p, i) for p in parameters) for i in range(axis.size))
 
 
 # -- styles --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .recording import collect
 from .schedule import Action, Op, Scheduler, check, communicate, forward_only, one_f_one_b, owners
 from .timeline import Span, Timeline, simulate
 from .world import here
+from .zero import Shares, Unit
 
 Loss = Callable[[Any, Any], tuple[Tensor, Tensor | int]]
 Some = TypeVar("Some", bound=Tensor)
@@ -35,6 +36,8 @@ def parallelize(
     loss: Loss = tensor.cross_entropy,
     sequence_parallel: bool = False,
     plan: dict[str, str] | None = None,
+    zero: int = 0,
+    whole_gradients: bool = False,
     **unknown: Any,
 ) -> "Parallel":
     """Lay a model out on a mesh. Every rank of the mesh calls it, with the same model and weights.
@@ -48,12 +51,16 @@ def parallelize(
         unequal rows come out right. By default the cross-entropy over all tokens that are not labeled -100.
     sequence_parallel: between cut layers, tensor ranks hold parts of the sequence in place of copies.
     plan: layer name -> style, see `minipar.tensor`; by default the model's own `tp_plan`.
+    zero: what data ranks share out instead of holding it all, see `minipar.zero`: 1 the optimizer's states, 2 also
+        gradients, 3 also parameters. `parameters()` then gives 1-d shares.
+    whole_gradients: with zero=2 or 3, keep whole gradients until the end of the step. They are sent once a step then,
+        not once a microbatch.
 
     Raises ValueError, with what would fit, if the mesh is not the number of ranks, tp does not divide the heads, there
     are fewer blocks than stages, the plan does not match the model, or the schedule is not complete.
     """
     if unknown:
-        options = "schedule, microbatches, loss, sequence_parallel, plan"
+        options = "schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients"
         raise TypeError(f"parallelize has no option {', '.join(unknown)}; its options are {options}")
     if not isinstance(model, nn.Module) or not isinstance(mesh, Mesh):
         raise TypeError(f"parallelize takes a module and a Mesh, not {type(model).__name__} and {type(mesh).__name__}")
@@ -63,7 +70,9 @@ def parallelize(
         raise TypeError(
             f"loss={loss!r}: a function (outputs, targets) -> (sum, count), such as minipar's cross_entropy"
         )
-    return Parallel(model, mesh, schedule, microbatches, loss, sequence_parallel, plan)
+    if zero not in (0, 1, 2, 3):
+        raise ValueError(f"zero={zero!r}: 0, 1, 2 or 3")
+    return Parallel(model, mesh, schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients)
 
 
 class Parallel:
@@ -78,6 +87,8 @@ class Parallel:
         loss: Loss,
         sequence_parallel: bool,
         plan: dict[str, str] | None,
+        zero: int,
+        whole_gradients: bool,
     ):
         if type(microbatches) is not int or microbatches < 1:
             raise ValueError(f"microbatches={microbatches!r}: a whole number, at least 1")
@@ -109,7 +120,7 @@ class Parallel:
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
-        self.stages = Stages(self.module, len(self.owner), mine)
+        self.stages = Stages(self.module, len(self.owner), mine, needs_blocks=zero == 3)
         self.homes = {name: self.stages.homes[p] for name, p in self.everything.items()}
         self.here = {name: p for name, p in self.everything.items() if self.homes[name] & mine}
         _own_memory(self.here.values(), model)
@@ -117,8 +128,18 @@ class Parallel:
         self.batch_norms = [(name, x) for name, x in self.module.named_modules() if isinstance(x, kind)]
 
         self.loss = self._loss(loss)
-        self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
-        self.executor = Executor(self.stages, self.pp, self.owner, deferral, self.device, self._seed, self._reduce)
+        self.zero, self.whole_gradients = zero, whole_gradients or zero < 2
+        self.shares = {stage: self._shares(stage) for stage in sorted(mine)} if zero else {}
+        self.gradients: dict[int, list[data.Gradients] | list[Shares]] = {
+            stage: [self.shares[stage]] if zero else self._gradients(stage) for stage in sorted(mine)
+        }
+        self.units = {name: unit for some in self.shares.values() for unit in some.units for name in unit.parameters}
+        self.owned = {name: p for name, p in self.here.items() if name not in self.units}  # what this rank updates
+        self.owned |= {name: unit.pieces[name] for name, unit in self.units.items() if name in unit.pieces}
+        self.stages.open_window()
+        self.executor = Executor(
+            self.stages, self.pp, self.owner, deferral, self.device, self._prepare, self._settle, self._reduce
+        )
         seed = torch.tensor(torch.initial_seed() % 2**63, device=self.device)
         self.seed, self.steps = int(broadcast(seed, everyone())), 0
         self.spans: list = []  # of the last step
@@ -150,6 +171,7 @@ class Parallel:
             return loss / guess
 
         self._check_layers()
+        self._refresh()
         for some in self._all_gradients():
             some.attach()
         self._gather_heads(self.loss is self.given_loss)
@@ -162,7 +184,7 @@ class Parallel:
             raise ValueError("no label counts: the loss gave a count of 0 for the whole batch")
         if count != guess:
             for some in self._all_gradients():
-                some.flat.mul_(guess / count.item())
+                some.scale(guess / count.item())
         self._sum_partial()
         self._sum_tied()
         self.steps, self.spans = self.steps + 1, self.executor.spans
@@ -204,23 +226,74 @@ class Parallel:
                     "microbatch has only a part of it: use LayerNorm or GroupNorm, or put it into eval()"
                 )
 
-    def _all_gradients(self) -> Iterator[data.Gradients]:
+    def _refresh(self) -> None:
+        """An optimizer may have changed what each rank owns."""
+        for shares in self.shares.values():
+            shares.refresh()
+
+    def _all_gradients(self) -> Iterator[data.Gradients | Shares]:
         for some in self.gradients.values():
             yield from some
 
-    def _gradients(self, stage: int) -> list[data.Gradients]:
-        """A flat buffer for each dtype of a stage's parameters; a parameter of two stages here is in the first's."""
+    def _own(self, stage: int) -> dict[str, nn.Parameter]:
+        """The parameters of a stage by name; a parameter of two stages here is in the first's."""
         first = {n: min(s for s in self.homes[n] if self.owner[s] == self.pp.index) for n in self.here}
-        own = [p for name, p in self.here.items() if name in self.trained and first[name] == stage]
+        return {name: p for name, p in self.here.items() if first[name] == stage}
+
+    def _gradients(self, stage: int) -> list[data.Gradients]:
+        """A flat buffer for each dtype of a stage's parameters."""
+        own = [p for name, p in self._own(stage).items() if name in self.trained]
         return [data.Gradients(some, self.dp) for some in _by_dtype(own).values()]
 
+    def _shares(self, stage: int) -> Shares:
+        """A stage's parameters in units that travel together: blocks where those come and go, else buckets. What
+        several stages have is a unit of its own, cut alike on each; its weights stay, as any of them may need it."""
+        own, blocks = self._own(stage), self.stages.blocks[stage]
+        groups: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
+        filled = 0
+        for name, p in reversed(own.items()):
+            several = name if len(self.homes[name]) > 1 else ""
+            part = self._block_of(p, blocks) if self.zero == 3 else filled // data.BUCKET
+            groups[several, part, p.dtype][name] = p
+            filled += p.nbytes
+        units = {}
+        for key, some in groups.items():
+            # Sums over tensor ranks want the same places in each rank's share: those parameters come first.
+            ordered = dict(sorted(some.items(), key=lambda item: not hasattr(item[1], "partial")))
+            size = tensor.widest(ordered.values(), self.tp)
+            units[key] = Unit(ordered, self.dp, size, self.zero < 3 or bool(key[0]), self.whole_gradients)
+        inside = [(block, [u for key, u in units.items() if key[1] == name]) for name, block in blocks.items()]
+        return Shares(units.values(), inside if self.zero == 3 else [])
+
+    def _block_of(self, parameter: nn.Parameter, blocks: Iterable[str]) -> str:
+        """The block that has this parameter for itself, else ""."""
+        names = [n for n, p in self.module.named_parameters(remove_duplicate=False) if p is parameter]
+        return next((b for b in blocks if all(n.startswith(f"{b}.") for n in names)), "")
+
     def _reduce(self, stage: int, coming: set[Tensor] | None) -> None:
-        for some in self.gradients[stage]:
-            some.arm(coming)
+        if self.whole_gradients:  # else each microbatch's travel by themselves
+            for some in self.gradients[stage]:
+                some.arm(coming)
+
+    def _prepare(self, action: Action) -> None:
+        if action.op == Op.F:
+            self._seed(action)
+        for stage, shares in self.shares.items():
+            if stage == action.stage:
+                shares.prepare(action.op)
+            elif action.op == Op.F:
+                shares.blank()
+
+    def _settle(self, action: Action) -> None:
+        for stage, shares in self.shares.items():
+            if stage == action.stage:
+                shares.settle(action.op)
+            elif action.op == Op.F:
+                shares.free()
 
     def _sum_partial(self) -> None:
         """Whole parameters that saw only a part (of the sequence, of the heads): sum over the tensor ranks."""
-        partial = [p.grad for p in self.here.values() if hasattr(p, "partial") and p.grad is not None]
+        partial = [p.grad for n, p in self.owned.items() if hasattr(self.here[n], "partial") and p.grad is not None]
         for some in _by_dtype(partial).values():
             flat = all_reduce(torch.cat([g.flatten() for g in some]), self.tp)
             for gradient, total in zip(some, flat.split([g.numel() for g in some]), strict=True):
@@ -228,7 +301,7 @@ class Parallel:
 
     def _sum_tied(self) -> None:
         """A parameter of several stages: each gets the sum, added in one order, so that all copies stay equal."""
-        for name, parameter in self.here.items():
+        for name, parameter in self.owned.items():
             ranks = sorted({self.owner[s] for s in self.homes[name]})
             if len(ranks) > 1 and name in self.trained and (mine := parameter.grad) is not None:
                 sending = [isend(mine, self.pp, other) for other in ranks if other != self.pp.index]
@@ -263,6 +336,12 @@ class Parallel:
 
         Data ranks share the rows where there are enough of them.
         """
+        self._refresh()
+        return self._forward(inputs)
+
+    __call__ = forward
+
+    def _forward(self, inputs: Batch) -> Any:
         inputs = _to(inputs, self.device)
         size = len(next(iter(_tensors(inputs))))
         shared = size >= self.dp.size
@@ -275,8 +354,7 @@ class Parallel:
         output = spread([getattr(y, "logits", y) for y in outputs], self.pp, last, self.device)[0]
         return all_gather(output, self.dp, size=size) if shared else output
 
-    __call__ = forward
-
+    @torch.no_grad()
     def generate(self, tokens: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
         """Go on writing: (rows, length) token ids -> (rows, length + new), the same on every rank.
 
@@ -289,10 +367,11 @@ class Parallel:
         tokens, context = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
         context -= context % self.tp.size  # sequence parallelism cuts the sequence evenly
         self.eval()
+        self._refresh()
         for _ in range(new):
             seen = tokens[:, -context:]
             padded = nn.functional.pad(seen, (0, -seen.size(1) % self.tp.size))  # behind: causal attention ignores it
-            logits = self.forward(padded)[:, seen.size(1) - 1].float().cpu()
+            logits = self._forward(padded)[:, seen.size(1) - 1].float().cpu()
             if temperature > 0:
                 drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
@@ -327,10 +406,10 @@ class Parallel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What this rank updates (its stages, its shares) under the names of the unsharded model."""
-        yield from self.here.items()
+        yield from self.owned.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.here.values()
+        yield from self.owned.values()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm over the whole mesh is at most max_norm. Returns the norm before.
@@ -338,14 +417,15 @@ class Parallel:
         Replicated and tied parameters count once. The factor is torch's: max_norm / (norm + 1e-6), at most 1.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for name, parameter in self.here.items():
+        for name, parameter in self.owned.items():
             counted = self.owner[min(self.homes[name])] == self.pp.index
-            counted &= hasattr(parameter, "cut") or self.tp.index == 0
+            counted &= hasattr(self.here[name], "cut") or self.tp.index == 0
+            counted &= name in self.units or self.dp.index == 0
             if counted and parameter.grad is not None:
                 squares += parameter.grad.double().square().sum()
-        norm = all_reduce(all_reduce(squares, self.tp), self.pp).sqrt()
+        norm = all_reduce(all_reduce(all_reduce(squares, self.tp), self.pp), self.dp).sqrt()
         factor = max_norm / (norm.item() + 1e-6)
-        for parameter in self.here.values():
+        for parameter in self.owned.values():
             if parameter.grad is not None and factor < 1:
                 parameter.grad.mul_(factor)
         return norm
@@ -372,7 +452,10 @@ class Parallel:
                 raise ValueError(f"{name!r} has shape {have} in the state, and {need} in this model")
             whole = state[name].to(self.device)
             share = parameter.cut.take(whole, self.tp) if hasattr(parameter, "cut") else whole
-            parameter.data.copy_(share)
+            if name in self.units:
+                self.units[name].load(name, share)
+            else:
+                parameter.data.copy_(share)
         for key in self.buffers:
             if self._owner_of_buffer(key) == self.pp.index:
                 self.module.get_buffer(key).copy_(state[key])
@@ -381,9 +464,12 @@ class Parallel:
         """The whole parameter or gradient, from the first of its stages to all. A collective."""
         root, parameter = self.owner[min(self.homes[name])], self.everything[name]
         if root == self.pp.index:
-            value = getattr(parameter, what)
-            value = torch.zeros_like(parameter) if value is None else value
-            value = tensor.whole(parameter, value.detach(), self.tp)
+            if name in self.units:
+                value = self.units[name].put_together(name, what)
+            else:
+                value = getattr(parameter, what)
+                value = torch.zeros_like(parameter) if value is None else value.detach()
+            value = tensor.whole(parameter, value, self.tp)
         else:
             value = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)
         return broadcast(value, self.pp, root)

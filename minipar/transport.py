@@ -118,7 +118,7 @@ class Transport(Protocol):
     """What an axis needs of whatever carries its bytes. All of them start at once and are waited for later."""
 
     def all_reduce(self, x: Tensor, op: str) -> Pending: ...  # in place
-    def all_gather(self, x: Tensor) -> Pending: ...  # -> (size, *x.shape)
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending: ...  # -> (size, *x.shape), or into `out`
     def all_to_all(self, x: Tensor, sizes: list[int], got: list[int], op: str) -> Pending: ...  # 1-d, cut by sizes
     def broadcast(self, x: Tensor, root: int) -> Pending: ...  # in place
     def send(self, x: Tensor, to: int, tag: int) -> Pending: ...
@@ -135,8 +135,8 @@ class Alone:
     def all_reduce(self, x: Tensor, op: str) -> Pending:
         return Pending(Done(), x)
 
-    def all_gather(self, x: Tensor) -> Pending:
-        return Pending(Done(), x[None].clone())
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        return Pending(Done(), x[None].clone() if out is None else out.copy_(x))
 
     def all_to_all(self, x: Tensor, sizes: list[int], got: list[int], op: str) -> Pending:
         return Pending(Done(), x)
@@ -168,8 +168,8 @@ class Torch:
         entry = _enter("all_reduce", self.axis, 2 * x.nbytes * self._others)  # a ring: 2 (n-1)/n M
         return Pending(dist.all_reduce(x, self.OPS[op], self.group, async_op=True), x, entry)
 
-    def all_gather(self, x: Tensor) -> Pending:
-        whole = x.new_empty((len(self.ranks), *x.shape))
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        whole = x.new_empty((len(self.ranks), *x.shape)) if out is None else out
         entry = _enter("all_gather", self.axis, whole.nbytes * self._others)  # (n-1)/n of the whole
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
         return Pending(gather(whole.view(-1), x.view(-1), self.group, async_op=True), whole, entry)
@@ -213,9 +213,9 @@ class Staged(Torch):
     def all_reduce(self, x: Tensor, op: str) -> Pending:
         return _landing(super().all_reduce(x.cpu(), op), x)
 
-    def all_gather(self, x: Tensor) -> Pending:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
         pending = super().all_gather(x.cpu())
-        return _landing(pending, x.new_empty(pending.tensor.shape))
+        return _landing(pending, x.new_empty(pending.tensor.shape) if out is None else out)
 
     def all_to_all(self, x: Tensor, sizes: list[int], got: list[int], op: str) -> Pending:
         return _landing(super().all_to_all(x.cpu(), sizes, got, op), x.new_empty(sum(got)))
@@ -236,7 +236,7 @@ class _Landing:
     target: Tensor
 
     def wait(self) -> None:
-        self.target.copy_(self.host.wait())
+        self.target.view(-1).copy_(self.host.wait().view(-1))
 
 
 def _landing(host: Pending, target: Tensor) -> Pending:

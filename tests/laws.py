@@ -123,9 +123,10 @@ def broken_laws(
 
 
 def share(parallel: Any, name: str, whole: Tensor) -> Tensor:
-    """What this rank keeps of a parameter."""
-    parameter = dict(parallel.named_parameters())[name]
-    return parameter.cut.take(whole, parallel.tp) if hasattr(parameter, "cut") else whole
+    """What this rank updates of a parameter."""
+    parameter = parallel.here[name]
+    mine = parameter.cut.take(whole, parallel.tp) if hasattr(parameter, "cut") else whole
+    return parallel.units[name].take(name, mine) if name in parallel.units else mine
 
 
 def differences(

@@ -33,6 +33,7 @@ from minipar import (
 )
 
 MESHES = [Mesh(dp=dp, pp=pp, tp=tp) for dp, pp, tp in product(range(1, 9), repeat=3) if dp * pp * tp <= 8]
+RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"{n} ranks")) for n in range(8, 0, -1)]  # computed once
 MICROBATCHES = {1: 2, 2: 3, 3: 4}  # by pp: enough that 1F1B has a steady phase; deeper pipelines get 3
 
 
@@ -81,17 +82,17 @@ def every_layout(ranks):
     return broken
 
 
-@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("ranks", RANKS)
 def test_every_layout_gives_the_gradients_of_one_process(ranks):
     assert every_layout(ranks)["gradients"] == []
 
 
-@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("ranks", RANKS)
 def test_every_layout_gives_the_loss_of_one_process(ranks):
     assert every_layout(ranks)["loss"] == []
 
 
-@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("ranks", RANKS)
 def test_every_layout_makes_the_step_of_one_process(ranks):
     assert every_layout(ranks)["step"] == []
 
@@ -114,12 +115,10 @@ def every_schedule(tied):
     """Law -> the cases that break it, over schedules and meshes of 4 ranks, with blocks that stages share unevenly."""
     schedules = [interleaved, partial(interleaved, chunks=3), zero_bubble_h1, zero_bubble_h2, zero_bubble_v]
     config = Config(vocab=37, context=12, depth=14, width=8, heads=2, tied=tied)
+    places = [(Mesh(dp=4), 2), (Mesh(dp=2, pp=2), 5), (Mesh(pp=2, tp=2), 2), (Mesh(pp=4), 1), (Mesh(pp=4), 5)]
     cases = [
-        Case(mesh, config, schedule, microbatches, sequence, rows=11, length=6)
-        for mesh in (Mesh(dp=4), Mesh(dp=2, pp=2), Mesh(pp=2, tp=2), Mesh(pp=4))
-        for schedule, microbatches in product(schedules, (1, 2, 5))
-        for sequence in {False, mesh.tp > 1}
-        if mesh.dp * microbatches <= 11
+        Case(mesh, config, schedule, microbatches, sequence=tied and mesh.tp > 1, rows=11, length=6)
+        for (mesh, microbatches), schedule in product(places, schedules)
     ]
     with World(4) as world:
         found = world.run(on_a_rank, cases, [one_process(config, 11, 6)] * len(cases))
@@ -130,7 +129,7 @@ def every_schedule(tied):
 
 
 @pytest.mark.parametrize("law", ["loss", "gradients", "step"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(t, marks=pytest.mark.xdist_group(f"tied {t}")) for t in (False, True)])
 def test_every_schedule_computes_what_one_process_computes(tied, law):
     assert every_schedule(tied)[law] == []
 
@@ -145,6 +144,9 @@ LAYOUTS = [
     {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "schedule": interleaved},
     {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "schedule": zero_bubble_v},
     {"mesh": Mesh(pp=4), "microbatches": 5, "schedule": zero_bubble_h2},
+    {"mesh": Mesh(dp=4), "microbatches": 2, "zero": 2},
+    {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "zero": 1},
+    {"mesh": Mesh(dp=2, pp=2), "microbatches": 3, "zero": 3},
 ]
 CUT_LAYOUTS = [  # for models with a plan
     {"mesh": Mesh(dp=2, tp=2), "microbatches": 3},
@@ -154,6 +156,7 @@ CUT_LAYOUTS = [  # for models with a plan
     {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": interleaved, "sequence_parallel": True},
     {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": zero_bubble_h1},
     {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": zero_bubble_v},
+    {"mesh": Mesh(dp=2, tp=2), "microbatches": 2, "zero": 3, "sequence_parallel": True},
 ]
 TINY = Config(vocab=19, context=8, depth=4, width=16, heads=4)
 

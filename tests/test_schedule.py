@@ -346,7 +346,7 @@ def test_activations_and_gradients_may_take_different_times_to_travel():
 # The executor holds what the schedule says.
 
 
-@pytest.mark.parametrize("schedule", EVERY, ids=str)
+@pytest.mark.parametrize("schedule", EVERY, ids=lambda s: getattr(s, "__name__", "interleaved, 3 chunks"))
 @pytest.mark.parametrize("microbatches", [2, 6])
 def test_a_rank_holds_as_many_microbatches_as_the_schedule_says(world4, schedule, microbatches):
     held = [in_flight(program) for program in schedule(4, microbatches)]
