@@ -18,8 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from .collectives import Axis, _Collective, all_gather, all_to_all, irecv, isend, reduce_scatter
 
@@ -297,3 +299,41 @@ def _to_sequence(x: Tensor, axis: Axis) -> Tensor:
 def _exchange(x: Tensor, axis: Axis) -> Tensor:
     """Share i of dim 1 goes to index i: a transposition of equal shares, so it is its own adjoint."""
     return _Collective.apply(x, axis, partial(all_to_all, dim=1), partial(all_to_all, dim=1))
+
+
+# -- a model whose sequence is cut ---------------------------------------------------------------------------
+
+
+def cut_behind(layer: nn.Module, axis: Axis) -> None:
+    """From behind this layer on, each rank has its share of the sequence: (B, T, C) -> (B, T/n, C)."""
+    inner = layer.forward
+    layer.forward = lambda *args, **more: zigzag(inner(*args, **more), axis, dim=1)
+
+
+class WholeAttention(TorchFunctionMode):
+    """Inside `with`, attention is over the whole sequence, whoever calls it: the model need not know."""
+
+    def __init__(self, axis: Axis):
+        super().__init__()
+        self.axis = axis
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return self.attention(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if attn_mask is not None or dropout_p:
+            what = "a mask of its own" if attn_mask is not None else f"dropout_p={dropout_p}"
+            raise ValueError(f"{self.axis.name}={self.axis.size}: attention around a ring cannot have {what}")
+        return ring_attention(query, key, value, self.axis, is_causal=is_causal, scale=scale)

@@ -209,7 +209,7 @@ class Executor:
 
     def __init__(
         self,
-        stages: Stages,
+        stages: Callable[[int, Any, Batch], Any],
         axis: Axis,
         owner: dict[int, int],
         deferral: Deferral,
