@@ -52,6 +52,14 @@ def connect(mesh: Mesh) -> dict[str, Axis]:
     return axes
 
 
+def join(mesh: Mesh, *names: str) -> Axis:
+    """Several axes of the mesh as one: parameters are the same along all of them."""
+    me = here()
+    ranks = mesh.plane(names, me.rank)
+    name = "·".join([n for n in names if mesh.shape[n] > 1] or names[:1])
+    return Axis(name, ranks, ranks.index(me.rank), _transport(name, ranks))
+
+
 def everyone() -> Axis:
     """All ranks, as one axis."""
     me = here()

@@ -6,7 +6,8 @@ bubble (Qi et al. 2023, Zero Bubble Pipeline Parallelism).
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,16 +79,29 @@ class Deferral(TorchFunctionMode):
         """What to do while the gradient that enters here travels."""
         return _nothing if self.holds else self.now.run
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear, whose backward puts the weight's gradient off. All other gradients come with it."""
-        if not (x.requires_grad and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
-            return F.linear(x, weight, bias)  # there is one product in its backward, or none
-        return _Linear.apply(x, weight.detach(), bias, self.now.used(weight))
+        if not (weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
+            return F.linear(input, weight, bias)
+        if not input.requires_grad:
+            input = input.detach().requires_grad_()  # so that backward comes by
+        return _Linear.apply(input, weight.detach(), bias, self.now.used(weight))
 
-    def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same for x @ weight + bias."""
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same for x @ weight."""
         used = self.now.used(weight)
-        return _Linear.apply(x, weight.detach().t(), bias, lambda left, right: used(right, left))
+        return _Linear.apply(x, weight.detach().t(), None, lambda left, right: used(right, left))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """A backward, which may compute a part of its forward once more: it saves what it saved before, and the
+        gradients that this forward puts off have their place already."""
+        now, self.now = self.now, WeightGradients()
+        try:
+            with self:
+                yield
+        finally:
+            self.now = now
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -98,7 +112,7 @@ class Deferral(TorchFunctionMode):
                 return self.matmul(*args)
             if function is torch.addmm and not kwargs and _may_wait(*args[1:]):
                 bias, x, weight = args
-                return self.matmul(x, weight, bias)
+                return bias + self.matmul(x, weight)
         return function(*args, **kwargs)
 
 

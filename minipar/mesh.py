@@ -53,6 +53,11 @@ class Mesh:
         first = rank - step * self.coordinate(rank)[axis]
         return tuple(range(first, first + step * self.shape[axis], step))
 
+    def plane(self, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only along some of `axes`, in order."""
+        fixed = {axis: i for axis, i in self.coordinate(rank).items() if axis not in axes}
+        return tuple(r for r in range(self.size) if fixed.items() <= self.coordinate(r).items())
+
     def lines(self, axis: str) -> list[tuple[int, ...]]:
         """Every line of ranks along `axis`: together they cover the mesh once."""
         return sorted({self.line(axis, rank) for rank in range(self.size)})

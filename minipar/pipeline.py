@@ -218,7 +218,7 @@ class Executor:
 
     def __init__(
         self,
-        stages: Stages,
+        stages: Callable[[int, Any, Batch], Any],
         axis: Axis,
         owner: dict[int, int],
         deferral: Deferral,
@@ -285,7 +285,8 @@ class Executor:
         outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
         with self._computing(action):
-            torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+            with self.deferral.again():
+                torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
             if whole:
                 self.weights.pop(place).finish()
 

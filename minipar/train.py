@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import data, tensor
-from .collectives import Axis, all_gather, all_reduce, broadcast, connect, everyone, irecv, isend
+from . import context, data, tensor
+from .collectives import Axis, all_gather, all_reduce, broadcast, connect, everyone, irecv, isend, join
 from .deferral import Deferral
 from .device import default_generator
 from .mesh import Mesh
@@ -92,10 +92,11 @@ class Parallel:
     ):
         if type(microbatches) is not int or microbatches < 1:
             raise ValueError(f"microbatches={microbatches!r}: a whole number, at least 1")
-        if later := [f"{axis}={mesh.shape[axis]}" for axis in ("ep", "cp") if mesh.shape[axis] > 1]:
-            raise ValueError(f"{', '.join(later)}: this model can use the axes dp, pp and tp")
+        if later := [f"{axis}={mesh.shape[axis]}" for axis in ("ep",) if mesh.shape[axis] > 1]:
+            raise ValueError(f"{', '.join(later)}: this model can use the axes dp, pp, cp and tp")
         self.mesh, axes, me = mesh, connect(mesh), here()
-        self.dp, self.pp, self.tp, self.device = axes["dp"], axes["pp"], axes["tp"], me.device
+        self.dp, self.pp, self.cp, self.tp, self.device = axes["dp"], axes["pp"], axes["cp"], axes["tp"], me.device
+        self.replicas = join(mesh, "dp", "cp")
 
         order = schedule(self.pp.size, microbatches)
         if len(order) != self.pp.size:
@@ -117,6 +118,10 @@ class Parallel:
         self.streams = tensor.Streams(default_generator(self.device))
         deferral = Deferral(holds=any(action.op == Op.W for action in chain(*order)))
         self.region = tensor.Region(self.tp, sequence_parallel and self.tp.size > 1, self.streams, deferral)
+        self.attention: AbstractContextManager = nullcontext()
+        if self.cp.size > 1:
+            context.cut_behind(_place_of_the_cut(self.module, plan), self.cp)
+            self.attention = context.WholeAttention(self.cp)
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
@@ -138,7 +143,7 @@ class Parallel:
         self.owned |= {name: unit.pieces[name] for name, unit in self.units.items() if name in unit.pieces}
         self.stages.open_window()
         self.executor = Executor(
-            self.stages, self.pp, self.owner, deferral, self.device, self._prepare, self._settle, self._reduce
+            self._run_stage, self.pp, self.owner, deferral, self.device, self._prepare, self._settle, self._reduce
         )
         seed = torch.tensor(torch.initial_seed() % 2**63, device=self.device)
         self.seed, self.steps = int(broadcast(seed, everyone())), 0
@@ -162,7 +167,7 @@ class Parallel:
             raise ValueError(f"inputs and targets have {sizes} rows: all must have the same number")
         # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
         guess = 1 if local else next(iter(_tensors(targets))).numel()
-        batches, labels = self._microbatches(inputs, local), self._microbatches(targets, local)
+        batches, labels = self._microbatches(inputs, local), self._microbatches(self._share(targets), local)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, count
 
         def conclude(output: Any, microbatch: int) -> Tensor:
@@ -179,7 +184,7 @@ class Parallel:
             self.executor.run(self.training_program, batches, conclude)
         for some in self._all_gradients():
             some.finish()
-        loss, count = all_reduce(all_reduce(total, self.pp), self.dp)
+        loss, count = all_reduce(all_reduce(total, self.pp), self.replicas)
         if count == 0:
             raise ValueError("no label counts: the loss gave a count of 0 for the whole batch")
         if count != guess:
@@ -189,6 +194,18 @@ class Parallel:
         self._sum_tied()
         self.steps, self.spans = self.steps + 1, self.executor.spans
         return (loss / count).to(next(iter(self.everything.values())).dtype)
+
+    def _run_stage(self, stage: int, state: Any, inputs: Batch) -> Any:
+        with self.attention:
+            return self.stages(stage, state, inputs)
+
+    def _share(self, targets: Any) -> Any:
+        """The targets of this rank's tokens: (rows, T, ...) -> (rows, T/cp, ...)"""
+        if self.cp.size == 1:
+            return targets
+        if isinstance(targets, dict):
+            return {name: context.zigzag(x, self.cp, 1) for name, x in targets.items()}
+        return context.zigzag(targets, self.cp, 1)
 
     def _with_targets(self, inputs: Batch, targets: Any) -> tuple[Batch, Any]:
         if targets is None and isinstance(inputs, dict) and "labels" in inputs:
@@ -236,14 +253,15 @@ class Parallel:
             yield from some
 
     def _own(self, stage: int) -> dict[str, nn.Parameter]:
-        """The parameters of a stage by name; a parameter of two stages here is in the first's."""
-        first = {n: min(s for s in self.homes[n] if self.owner[s] == self.pp.index) for n in self.here}
-        return {name: p for name, p in self.here.items() if first[name] == stage}
+        """The parameters of a stage by name; a parameter of two stages here is in the one that is through last."""
+        through = {action.stage: i for i, action in enumerate(self.training_program) if action.op in (Op.B, Op.W)}
+        home = {n: max((s for s in self.homes[n] if s in through), key=through.__getitem__) for n in self.here}
+        return {name: p for name, p in self.here.items() if home[name] == stage}
 
     def _gradients(self, stage: int) -> list[data.Gradients]:
         """A flat buffer for each dtype of a stage's parameters."""
         own = [p for name, p in self._own(stage).items() if name in self.trained]
-        return [data.Gradients(some, self.dp) for some in _by_dtype(own).values()]
+        return [data.Gradients(some, self.replicas) for some in _by_dtype(own).values()]
 
     def _shares(self, stage: int) -> Shares:
         """A stage's parameters in units that travel together: blocks where those come and go, else buckets. What
@@ -261,7 +279,7 @@ class Parallel:
             # Sums over tensor ranks want the same places in each rank's share: those parameters come first.
             ordered = dict(sorted(some.items(), key=lambda item: not hasattr(item[1], "partial")))
             size = tensor.widest(ordered.values(), self.tp)
-            units[key] = Unit(ordered, self.dp, size, self.zero < 3 or bool(key[0]), self.whole_gradients)
+            units[key] = Unit(ordered, self.replicas, size, self.zero < 3 or bool(key[0]), self.whole_gradients)
         inside = [(block, [u for key, u in units.items() if key[1] == name]) for name, block in blocks.items()]
         return Shares(units.values(), inside if self.zero == 3 else [])
 
@@ -323,7 +341,7 @@ class Parallel:
 
     def _seed(self, action: Action) -> None:
         """Before a forward: random streams that depend on what is computed, not on the order of the schedule."""
-        place = (self.seed, self.steps, self.dp.index, action.stage, action.microbatch)
+        place = (self.seed, self.steps, self.replicas.index, action.stage, action.microbatch)
         own = 1 + self.tp.index
         outside = self.tp.size + own if self.region.sequence else 0  # parts of a sequence differ, copies of it agree
         self.streams.begin(hash((*place, outside)) % 2**63, hash((*place, own)) % 2**63)
@@ -352,6 +370,7 @@ class Parallel:
             self.executor.run(self.inference_program, [mine], lambda output, _: outputs.append(output))
         last = self.owner[max(self.owner)]
         output = spread([getattr(y, "logits", y) for y in outputs], self.pp, last, self.device)[0]
+        output = context.unzigzag(output, self.cp, 1) if self.cp.size > 1 else output
         return all_gather(output, self.dp, size=size) if shared else output
 
     @torch.no_grad()
@@ -364,13 +383,14 @@ class Parallel:
             raise ValueError(f"generate needs token ids (rows, length) to begin with, not {tuple(tokens.shape)}")
         generator, was_training = torch.Generator().manual_seed(seed), self.module.training
         config: Any = self.module.config
-        tokens, context = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
-        context -= context % self.tp.size  # sequence parallelism cuts the sequence evenly
+        tokens, longest = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
+        pieces = self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)  # that the sequence is cut into
+        longest -= longest % pieces
         self.eval()
         self._refresh()
         for _ in range(new):
-            seen = tokens[:, -context:]
-            padded = nn.functional.pad(seen, (0, -seen.size(1) % self.tp.size))  # behind: causal attention ignores it
+            seen = tokens[:, -longest:]
+            padded = nn.functional.pad(seen, (0, -seen.size(1) % pieces))  # behind: causal attention ignores it
             logits = self._forward(padded)[:, seen.size(1) - 1].float().cpu()
             if temperature > 0:
                 drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
@@ -420,10 +440,10 @@ class Parallel:
         for name, parameter in self.owned.items():
             counted = self.owner[min(self.homes[name])] == self.pp.index
             counted &= hasattr(self.here[name], "cut") or self.tp.index == 0
-            counted &= name in self.units or self.dp.index == 0
+            counted &= name in self.units or self.replicas.index == 0
             if counted and parameter.grad is not None:
                 squares += parameter.grad.double().square().sum()
-        norm = all_reduce(all_reduce(all_reduce(squares, self.tp), self.pp), self.dp).sqrt()
+        norm = all_reduce(all_reduce(all_reduce(squares, self.tp), self.pp), self.replicas).sqrt()
         factor = max_norm / (norm.item() + 1e-6)
         for parameter in self.owned.values():
             if parameter.grad is not None and factor < 1:
@@ -544,6 +564,13 @@ def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str,
             f"tp={tp.size} needs a plan: {type(model).__name__} has no tp_plan; give plan={{layer: style}}"
         )
     return plan or {}
+
+
+def _place_of_the_cut(model: nn.Module, given: dict[str, str] | None) -> nn.Module:
+    plan = getattr(model, "tp_plan", {}) if given is None else given
+    if "sequence_split" not in plan.values():
+        raise ValueError("cp needs a plan that says where the sequence is cut: a layer with the style sequence_split")
+    return model.get_submodule(next(name for name, style in plan.items() if style == "sequence_split"))
 
 
 def _tensors(batch: Any) -> Iterable[Tensor]:

@@ -125,7 +125,7 @@ REFUSED = {
     "an axis without ranks": (lambda: Mesh(dp=0), ValueError, ["dp=0", "at least 1"]),
     "an axis that does not exist": (lambda: Mesh(dp=2).line("data", 0), ValueError, ["'data'", "dp, pp, ep, cp, tp"]),
     "a rank that is not on the mesh": (lambda: Mesh(dp=2).coordinate(2), ValueError, ["rank 2", "0 to 1"]),
-    "an axis this model cannot use": (lambda: lay_out(mesh=Mesh(cp=2)), ValueError, ["cp=2", "dp, pp and tp"]),
+    "an axis this model cannot use": (lambda: lay_out(mesh=Mesh(ep=2)), ValueError, ["ep=2", "dp, pp"]),
     "heads that tp does not divide": (
         lambda: lay_out(gpt(Config(width=9, heads=3)), Mesh(tp=2)),
         ValueError,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from minipar.deferral import Deferral
@@ -90,3 +91,69 @@ def test_what_runs_in_the_middle_of_a_backward_is_right():
     assert before[0] is None and before[1] is not None
     weights.finish()
     torch.testing.assert_close([w1.grad, w2.grad], wanted, rtol=0, atol=1e-14)
+
+
+# Inside `with`, a deferral that holds finds the products by itself.
+
+PRODUCTS = {
+    "x @ w": lambda x, w, b: x @ w,
+    "matmul": lambda x, w, b: torch.matmul(x, w) + b,
+    "mm": lambda x, w, b: x.mm(w),
+    "linear by keyword": lambda x, w, b: F.linear(input=x, weight=w, bias=b),
+    "addmm": lambda x, w, b: torch.addmm(b, x, w),
+    "addmm of a matrix": lambda x, w, b: torch.addmm(x, x, w),
+    "addmm of a row": lambda x, w, b: torch.addmm(b[None], x, w),
+}
+OTHERS = {
+    "addmm with a factor": lambda x, w, b: torch.addmm(b, x, w, alpha=0.5),
+    "the weight on the left": lambda x, w, b: (w @ x.t()).t(),
+    "both are weights": lambda x, w, b: x * (w @ w).sum(),
+    "einsum": lambda x, w, b: torch.einsum("nc,cd->nd", x, w),
+    "transposed": lambda x, w, b: x @ w.t(),
+}
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, *OTHERS])
+@pytest.mark.parametrize("constant", [False, True])
+def test_products_with_a_weight_wait_and_whatever_else_is_right_at_once(name, constant):
+    product = (PRODUCTS | OTHERS)[name]
+    x, w, b = matrix(4, 3, 1).requires_grad_(not constant), matrix(3, 3, 2), matrix(1, 3, 3)
+    if constant and name == "the weight on the left":
+        pytest.skip("there is no activation in it")
+    forward = lambda _: product(x, w, b[0]).square()  # noqa: E731
+    wanted = gradients(None, forward, x, w, b)
+    deferral = Deferral(holds=True)
+    weights = deferral.begin()
+    with deferral:
+        y = product(x, w, b[0]).square().sum()
+    for p in (x, w, b):
+        p.grad = None
+    y.backward()
+    if name in PRODUCTS and not constant:
+        assert w.grad is None and weights.coming == {w}
+    weights.finish()
+    assert weights.coming == set()
+    torch.testing.assert_close([x.grad, w.grad, b.grad], wanted, rtol=0, atol=1e-13)
+
+
+def test_what_backward_computes_again_is_not_counted_twice():
+    x, w, b = matrix(4, 3, 1), matrix(3, 3, 2), matrix(1, 3, 3)
+
+    def forward(linear):
+        def inner(x):
+            return F.linear(torch.tanh(F.linear(x, w, b[0])), w)
+
+        return torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False).square()
+
+    wanted = gradients(None, forward, x, w, b)
+    deferral = Deferral(holds=True)
+    weights = deferral.begin()
+    with deferral:
+        y = forward(None).sum()
+    for p in (x, w, b):
+        p.grad = None
+    with deferral.again():
+        torch.autograd.backward(y)
+    assert w.grad is None and x.grad is not None
+    weights.finish()
+    torch.testing.assert_close([x.grad, w.grad, b.grad], wanted, rtol=0, atol=1e-13)

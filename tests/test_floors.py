@@ -18,7 +18,7 @@ FLOORS = [
     {"crew"},
     {"world"},
     {"collectives", "timeline"},  # talk along one axis; predict a run
-    {"data", "zero", "tensor", "pipeline", "rings", "recording"},  # one file a strategy
+    {"data", "zero", "tensor", "pipeline", "context", "rings", "recording"},  # one file a strategy
     {"train"},  # the only one that knows every strategy
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -99,6 +99,7 @@ def test_imports_go_down_and_siblings_do_not_meet():
     [
         ("model", "from .mesh import Mesh"),  # the same floor
         ("data", "from . import tensor"),
+        ("context", "from .data import Gradients"),
         ("collectives", "from .timeline import Timeline"),
         ("schedule", "from minipar.timeline import simulate"),
         ("mesh", "import minipar.train"),

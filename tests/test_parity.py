@@ -18,6 +18,7 @@ from laws import (
     stirred,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minipar import (
     Config,
@@ -31,6 +32,7 @@ from minipar import (
     zero_bubble_h2,
     zero_bubble_v,
 )
+from minipar.schedule import Action, Op
 
 MESHES = [Mesh(dp=dp, pp=pp, tp=tp) for dp, pp, tp in product(range(1, 9), repeat=3) if dp * pp * tp <= 8]
 RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"{n} ranks")) for n in range(8, 0, -1)]  # computed once
@@ -132,6 +134,23 @@ def every_schedule(tied):
 @pytest.mark.parametrize("tied", [pytest.param(t, marks=pytest.mark.xdist_group(f"tied {t}")) for t in (False, True)])
 def test_every_schedule_computes_what_one_process_computes(tied, law):
     assert every_schedule(tied)[law] == []
+
+
+def stage_0_before_stage_1(ranks, microbatches):
+    """Two stages on each rank, and the weight gradients of the first one before all of the second's."""
+    f, i, w = ([[Action(op, s, m) for m in range(microbatches)] for s in (0, 1)] for op in (Op.F, Op.I, Op.W))
+    return [[*f[0], *f[1], *i[1], *i[0], *w[0], *w[1]]]
+
+
+def test_a_tied_weight_waits_for_the_last_of_its_stages(world4):
+    """All weight gradients of stage 0 before those of stage 1: a schedule of one's own may do that."""
+
+    def make():
+        return model_of(Config(vocab=19, context=8, depth=2, width=16, heads=4, tied=True))
+
+    for zero in (0, 1, 2, 3):
+        layouts = [{"mesh": Mesh(dp=4), "schedule": stage_0_before_stage_1, "microbatches": 2, "zero": zero}] * 3
+        assert problems(world4, layouts, make, *batch_of(TINY, 11, 8)) == []
 
 
 # Other models, other batches.
@@ -383,6 +402,26 @@ def test_a_shared_weight_may_be_cut(world4):
     layouts = [{"mesh": Mesh(tp=4)}, {"mesh": Mesh(dp=2, tp=2), "microbatches": 2}, {"mesh": Mesh(pp=2, tp=2)}]
     plan = {"blocks.*.own": "colwise", "blocks.*.shared": "rowwise"}
     assert problems(world4, layouts, sharing, *batch_of(TINY, 11, 7), plan=plan) == []
+
+
+class Recomputing(Sharing):
+    """Its inside is computed again in backward."""
+
+    def forward(self, x):
+        return x + checkpoint(lambda x: torch.tanh(self.shared(self.own(x))), x, use_reentrant=False)
+
+
+def test_a_block_may_compute_its_inside_again(world4):
+    def make():
+        torch.manual_seed(0)
+        model = Shared()
+        model.blocks = nn.ModuleList(Recomputing(nn.Linear(8, 8)) for _ in range(8))
+        return stirred(model.double())
+
+    plan = {"blocks.*.own": "colwise", "blocks.*.shared": "rowwise"}
+    assert problems(world4, DEEP, make, *batch_of(TINY, 11, 7)) == []
+    layouts = [layout for layout in CUT_LAYOUTS if "sequence_parallel" not in layout]
+    assert problems(world4, layouts, make, *batch_of(TINY, 11, 7), plan=plan) == []
 
 
 class Mixed(nn.Module):

@@ -277,6 +277,11 @@ def broken(kind):
         first[i], first[j] = first[j], first[i]
         i, j = (first.index(Action(Op.B, 1, m)) for m in (0, 1))
         first[i], first[j] = first[j], first[i]
+    elif kind == "of I in another order":
+        order = zero_bubble_h1(3, 4)
+        i, j = (order[1].index(Action(Op.I, 1, m)) for m in (2, 3))
+        order[1][i], order[1][j] = order[1][j], order[1][i]
+        order[1] = sorted(order[1], key=lambda a: a.op == Op.W)  # what a weight gradient needs still comes before it
     elif kind == "of B in another order":
         order = gpipe(3, 4)
         i, j = (order[1].index(Action(Op.B, 1, m)) for m in (0, 1))
@@ -294,6 +299,7 @@ def broken(kind):
         "on rank",
         "in another order",
         "of B in another order",
+        "of I in another order",
     ],
 )
 def test_a_schedule_that_is_wrong_is_refused(kind):
