@@ -6,13 +6,13 @@ bubble (Qi et al. 2023, Zero Bubble Pipeline Parallelism).
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 PutOff = Callable[[Tensor, Tensor], None]
@@ -92,14 +92,15 @@ class Deferral(TorchFunctionMode):
         used = self.now.used(weight)
         return _Linear.apply(x, weight.detach().t(), None, lambda left, right: used(right, left))
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """A backward, which may compute a part of its forward once more: it saves what it saved before, and the
-        gradients that this forward puts off have their place already."""
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Through a graph. What it computes again (a checkpoint) saves what it saved before, and is not counted."""
         now, self.now = self.now, WeightGradients()
         try:
-            with self:
-                yield
+            if self.holds:
+                with self:  # torch.autograd.backward itself takes modes off
+                    _engine_run_backward(tuple(outputs), tuple(gradients), False, False, (), True, True)
+            else:
+                torch.autograd.backward(outputs, gradients)
         finally:
             self.now = now
 

@@ -285,8 +285,7 @@ class Executor:
         outputs, gradients = self.outputs.pop(place), self.gradients.pop(place)
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
         with self._computing(action):
-            with self.deferral.again():
-                torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+            self.deferral.backward([y for y, _ in pairs], [g for _, g in pairs])
             if whole:
                 self.weights.pop(place).finish()
 
