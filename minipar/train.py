@@ -267,11 +267,19 @@ class Parallel:
         """A stage's parameters in units that travel together: blocks where those come and go, else buckets. What
         several stages have is a unit of its own, cut alike on each; its weights stay, as any of them may need it."""
         own, blocks = self._own(stage), self.stages.blocks[stage]
+        names = defaultdict(list)  # a shared parameter has several
+        for name, p in self.module.named_parameters(remove_duplicate=False):
+            names[p].append(name)
+
+        def block_of(parameter: nn.Parameter) -> str:
+            """The block that has this parameter for itself, else ""."""
+            return next((b for b in blocks if all(n.startswith(f"{b}.") for n in names[parameter])), "")
+
         groups: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
         filled = 0
         for name, p in reversed(own.items()):
             several = name if len(self.homes[name]) > 1 else ""
-            part = self._block_of(p, blocks) if self.zero == 3 else filled // data.BUCKET
+            part = block_of(p) if self.zero == 3 else filled // data.BUCKET
             groups[several, part, p.dtype][name] = p
             filled += p.nbytes
         units = {}
@@ -282,11 +290,6 @@ class Parallel:
             units[key] = Unit(ordered, self.replicas, size, self.zero < 3 or bool(key[0]), self.whole_gradients)
         inside = [(block, [u for key, u in units.items() if key[1] == name]) for name, block in blocks.items()]
         return Shares(units.values(), inside if self.zero == 3 else [])
-
-    def _block_of(self, parameter: nn.Parameter, blocks: Iterable[str]) -> str:
-        """The block that has this parameter for itself, else ""."""
-        names = [n for n, p in self.module.named_parameters(remove_duplicate=False) if p is parameter]
-        return next((b for b in blocks if all(n.startswith(f"{b}.") for n in names)), "")
 
     def _reduce(self, stage: int, coming: set[Tensor] | None) -> None:
         if self.whole_gradients:  # else each microbatch's travel by themselves
@@ -452,11 +455,13 @@ class Parallel:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient, whole, on every rank, under the keys of the original `named_parameters()` (tied: once)."""
-        return {name: self._whole(name, "grad") for name in self.everything if name in self.trained}
+        owned = self._put_together("grad")
+        return {name: self._whole(name, "grad", owned) for name in self.everything if name in self.trained}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer, whole, on every rank, under the keys of the original `state_dict()`."""
-        whole = {name: self._whole(name, "data") for name in self.everything}
+        owned = self._put_together("data")
+        whole = {name: self._whole(name, "data", owned) for name in self.everything}
         whole |= {key: self._whole_buffer(key) for key in self.buffers}
         return {key: whole[name] for key, name in self.state_names.items()}
 
@@ -480,15 +485,20 @@ class Parallel:
             if self._owner_of_buffer(key) == self.pp.index:
                 self.module.get_buffer(key).copy_(state[key])
 
-    def _whole(self, name: str, what: str) -> Tensor:
+    def _put_together(self, what: str) -> dict[str, Tensor]:
+        """What the data ranks share out, by name. A collective."""
+        found: dict[str, Tensor] = {}
+        for some in self.shares.values():
+            for unit in some.units:
+                found |= unit.put_together(what)
+        return found
+
+    def _whole(self, name: str, what: str, put_together: dict[str, Tensor]) -> Tensor:
         """The whole parameter or gradient, from the first of its stages to all. A collective."""
         root, parameter = self.owner[min(self.homes[name])], self.everything[name]
         if root == self.pp.index:
-            if name in self.units:
-                value = self.units[name].put_together(name, what)
-            else:
-                value = getattr(parameter, what)
-                value = torch.zeros_like(parameter) if value is None else value.detach()
+            value = put_together.get(name, getattr(parameter, what))
+            value = torch.zeros_like(parameter) if value is None else value.detach()
             value = tensor.whole(parameter, value, self.tp)
         else:
             value = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)

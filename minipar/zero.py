@@ -81,15 +81,15 @@ class Unit:
         """A padded whole as the parameters' shapes."""
         return {n: whole[a:b].view(self.parameters[n].shape) for n, (a, b) in self.places.items()}
 
-    def put_together(self, name: str, what: str) -> Tensor:
-        """A whole parameter or gradient ("data", "grad"), in its own shape. A collective."""
+    def put_together(self, what: str) -> dict[str, Tensor]:
+        """The whole parameters or gradients ("data", "grad"), in their own shapes. A collective."""
         share = self.own.clone()
-        for owned, mine in self.owned(share).items():
-            value = getattr(self.pieces[owned], what) if owned in self.pieces else None
+        for name, mine in self.owned(share).items():
+            value = getattr(self.pieces[name], what) if name in self.pieces else None
             mine.copy_(torch.zeros_like(mine) if value is None else value.detach())
         whole = share.new_empty(self.padded)
         start_all_gather(share, self.axis, whole).wait()
-        return self.views(whole)[name]
+        return self.views(whole)
 
     def take(self, name: str, whole: Tensor) -> Tensor:
         """What this rank owns of a whole parameter, 1-d."""
@@ -103,34 +103,36 @@ class Unit:
 
     def start_gather(self) -> None:
         if not self.here and not self.gathering:
-            self.whole.untyped_storage().resize_(self.padded * self.whole.element_size())
+            self._make_room()
             self.gathering = start_all_gather(self.own, self.axis, self.whole)
+
+    def _make_room(self) -> None:
+        self.whole.untyped_storage().resize_(self.padded * self.whole.element_size())
 
     def gather(self) -> None:
         """Make the whole weights be there."""
         self.start_gather()
+        self._arrive()
+        self.here = True
+
+    def _arrive(self) -> None:
         if self.gathering:
             self.gathering.wait()
-        self.gathering, self.here = None, True
+            self.gathering = None
 
     def free(self) -> None:
         """The weights are not needed for a while, or their owners change them. Views of them stay valid: what is
         gathered next lies in the same place."""
         if not self.weights_stay:
-            self.gather_is_over()
+            self._arrive()  # it may be under way to a block that did not run
             self.whole.untyped_storage().resize_(0)
         self.here = False
 
     def blank(self) -> None:
         """Another stage of this rank computes, and its forward may come by: room for weights, without their values."""
         if not self.weights_stay and not self.here:
-            self.whole.untyped_storage().resize_(self.padded * self.whole.element_size())
+            self._make_room()
             self.whole.fill_(float("nan"))
-
-    def gather_is_over(self) -> None:
-        if self.gathering:  # ahead of a block that did not run
-            self.gathering.wait()
-            self.gathering = None
 
     # -- gradients
 
