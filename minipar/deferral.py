@@ -42,7 +42,7 @@ class WeightGradients:
         that whoever waits for it hears of it once."""
         while self.waiting:
             weight, left, right = self.waiting.popleft()
-            part = left.t() @ right
+            part = (left.t() @ right).to(weight.dtype)
             self.uses[weight] -= 1
             total = self.parts.pop(weight) + part if weight in self.parts else part
             if self.uses[weight]:
@@ -85,12 +85,13 @@ class Deferral(TorchFunctionMode):
             return F.linear(input, weight, bias)
         if not input.requires_grad:
             input = input.detach().requires_grad_()  # so that backward comes by
-        return _Linear.apply(input, weight.detach(), bias, self.now.used(weight))
+        put_off = self.now.used(weight)
+        return _Linear.apply(*_autocast(input, weight.detach(), bias), put_off)
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same for x @ weight."""
         used = self.now.used(weight)
-        return _Linear.apply(x, weight.detach().t(), None, lambda left, right: used(right, left))
+        return _Linear.apply(*_autocast(x, weight.detach().t(), None), lambda left, right: used(right, left))
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Through a graph. What it computes again (a checkpoint) saves what it saved before, and is not counted."""
@@ -123,6 +124,15 @@ MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 def _may_wait(x: Any, weight: Any) -> bool:
     """Is this a product of an activation with a matrix that is a parameter?"""
     return x.requires_grad and weight.requires_grad and weight.is_leaf and weight.dim() == 2
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What torch's autocast would do to the arguments of a matrix product. An autograd function has to do it itself,
+    in sight of autograd."""
+    device = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [x if x is None or x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
 def _nothing() -> None: ...

@@ -11,7 +11,8 @@ class Config:
     """The shape of the small GPT. The defaults train on a laptop.
 
     vocab: token ids, context: longest sequence, depth: blocks, width: hidden size, heads: attention heads.
-    tied: the head uses the embedding's weight. dropout: probability, on attention and on both block outputs.
+    tied: the head uses the embedding's weight. dropout: probability, on what attention's heads give and on both block
+    outputs; not on attention's probabilities, which fused attention never has in memory.
     """
 
     vocab: int = 512
@@ -39,7 +40,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.dropout = c.width // c.heads, c.dropout
+        self.head_dim, self.dropout = c.width // c.heads, nn.Dropout(c.dropout)
         self.q, self.k, self.v = (nn.Linear(c.width, c.width) for _ in range(3))
         self.out = nn.Linear(c.width, c.width)
 
@@ -48,9 +49,8 @@ class Attention(nn.Module):
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(-2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(self.dropout(y.transpose(1, 2).flatten(-2)))
 
 
 class MLP(nn.Module):

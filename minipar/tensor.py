@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .collectives import Axis, all_reduce, bounds, enter, enter_sequence, gather, leave, leave_sequence, split
 from .deferral import Deferral
+from .randomness import Streams
 
 # -- cutting a parameter -------------------------------------------------------------------------------------
 
@@ -89,28 +90,6 @@ class Entrance:
 
     def forget(self, *_: object) -> None:
         self.seen = None
-
-
-@dataclass
-class Streams:
-    """Random numbers: every tensor rank draws the same outside the cut region, and its own inside of it."""
-
-    generator: torch.Generator
-    inside: bool = False
-    other: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def begin(self, outside_seed: int, inside_seed: int) -> None:
-        self.other = self.generator.manual_seed(inside_seed).get_state()
-        self.generator.manual_seed(outside_seed)
-        self.inside = False
-
-    def go(self, inside: bool) -> None:
-        """Switch to one of the two streams; does nothing where it flows already."""
-        if inside != self.inside and self.other.numel():
-            now = self.generator.get_state()
-            self.generator.set_state(self.other)
-            self.other = now
-            self.inside = inside
 
 
 @dataclass
@@ -333,6 +312,8 @@ def vocabulary_parallel_cross_entropy(
 class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, first: int, vocabulary: int) -> Tensor:
+        ctx.dtype = logits.dtype
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         top = all_reduce(logits.amax(-1), axis, "max")  # (N,)
         shares = (logits - top[:, None]).exp_()
         here = (targets >= first) & (targets < first + logits.size(-1))
@@ -348,4 +329,4 @@ class _VocabularyParallel(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         probabilities, place, here, counts = ctx.saved_tensors
         gradient = probabilities.scatter_add(-1, place, -here[:, None].to(probabilities.dtype))
-        return gradient.mul_((gradients[0] * counts)[:, None]), None, None, None, None
+        return gradient.mul_((gradients[0] * counts)[:, None]).to(ctx.dtype), None, None, None, None

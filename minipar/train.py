@@ -4,19 +4,23 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import context, data, tensor
-from .collectives import Axis, all_gather, all_reduce, broadcast, connect, everyone, irecv, isend, join
+from .collectives import Axis, all_gather, all_reduce, bounds, broadcast, connect, everyone, irecv, isend, join, shard
 from .deferral import Deferral
 from .device import default_generator
 from .mesh import Mesh
 from .pipeline import Batch, Executor, Stages, spread
+from .precision import LossScale, computing_in
+from .randomness import Masks, Shared, Streams, remember
+from .recompute import HOW, keep_less
 from .recording import collect
 from .schedule import Action, Op, Scheduler, check, communicate, forward_only, one_f_one_b, owners
 from .timeline import Span, Timeline, simulate
@@ -38,6 +42,8 @@ def parallelize(
     plan: dict[str, str] | None = None,
     zero: int = 0,
     whole_gradients: bool = False,
+    recompute: str = "none",
+    dtype: torch.dtype | None = None,
     **unknown: Any,
 ) -> "Parallel":
     """Lay a model out on a mesh. Every rank of the mesh calls it, with the same model and weights.
@@ -55,50 +61,70 @@ def parallelize(
         gradients, 3 also parameters. `parameters()` then gives 1-d shares.
     whole_gradients: with zero=2 or 3, keep whole gradients until the end of the step. They are sent once a step then,
         not once a microbatch.
+    recompute: "full": keep only what goes into a block, and compute the rest again in backward; "selective": keep also
+        what is dear to compute. See `minipar.recompute`.
+    dtype: torch.bfloat16 or torch.float16: what matrix products and attention compute in. Weights, gradients and their
+        sums stay in the module's own. With float16 the loss is scaled; after an overflow gradients are None, so that
+        the optimizer's step changes nothing.
 
     Raises ValueError, with what would fit, if the mesh is not the number of ranks, tp does not divide the heads, there
     are fewer blocks than stages, the plan does not match the model, or the schedule is not complete.
     """
     if unknown:
-        options = "schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients"
-        raise TypeError(f"parallelize has no option {', '.join(unknown)}; its options are {options}")
+        names = ", ".join(field.name for field in fields(Options))
+        raise TypeError(f"parallelize has no option {', '.join(unknown)}; its options are {names}")
     if not isinstance(model, nn.Module) or not isinstance(mesh, Mesh):
         raise TypeError(f"parallelize takes a module and a Mesh, not {type(model).__name__} and {type(mesh).__name__}")
-    if not callable(schedule):
-        raise TypeError(f"schedule={schedule!r}: a function of (stages, microbatches), such as minipar.one_f_one_b")
-    if not callable(loss):
-        raise TypeError(
-            f"loss={loss!r}: a function (outputs, targets) -> (sum, count), such as minipar's cross_entropy"
-        )
-    if zero not in (0, 1, 2, 3):
-        raise ValueError(f"zero={zero!r}: 0, 1, 2 or 3")
-    return Parallel(model, mesh, schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients)
+    return Parallel(
+        model,
+        mesh,
+        Options(schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of `parallelize`."""
+
+    schedule: Scheduler
+    microbatches: int
+    loss: Loss
+    sequence_parallel: bool
+    plan: dict[str, str] | None
+    zero: int
+    whole_gradients: bool
+    recompute: str
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            what = "a function of (stages, microbatches), such as minipar.one_f_one_b"
+            raise TypeError(f"schedule={self.schedule!r}: {what}")
+        if not callable(self.loss):
+            what = "a function (outputs, targets) -> (sum, count), such as minipar's cross_entropy"
+            raise TypeError(f"loss={self.loss!r}: {what}")
+        if type(self.microbatches) is not int or self.microbatches < 1:
+            raise ValueError(f"microbatches={self.microbatches!r}: a whole number, at least 1")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero={self.zero!r}: 0, 1, 2 or 3")
+        if self.recompute not in HOW:
+            raise ValueError(f"recompute={self.recompute!r}: one of {', '.join(HOW)}")
+        if self.dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={self.dtype!r}: torch.bfloat16, torch.float16, or None for the module's own")
 
 
 class Parallel:
     """A model on a mesh, as one of its ranks has it. Made by `parallelize`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mesh: Mesh,
-        schedule: Scheduler,
-        microbatches: int,
-        loss: Loss,
-        sequence_parallel: bool,
-        plan: dict[str, str] | None,
-        zero: int,
-        whole_gradients: bool,
-    ):
-        if type(microbatches) is not int or microbatches < 1:
-            raise ValueError(f"microbatches={microbatches!r}: a whole number, at least 1")
+    def __init__(self, model: nn.Module, mesh: Mesh, options: Options):
         if later := [f"{axis}={mesh.shape[axis]}" for axis in ("ep",) if mesh.shape[axis] > 1]:
             raise ValueError(f"{', '.join(later)}: this model can use the axes dp, pp, cp and tp")
         self.mesh, axes, me = mesh, connect(mesh), here()
         self.dp, self.pp, self.cp, self.tp, self.device = axes["dp"], axes["pp"], axes["cp"], axes["tp"], me.device
         self.replicas = join(mesh, "dp", "cp")
 
-        order = schedule(self.pp.size, microbatches)
+        microbatches, loss, plan, zero = options.microbatches, options.loss, options.plan, options.zero
+        order = options.schedule(self.pp.size, microbatches)
         if len(order) != self.pp.size:
             raise ValueError(f"the schedule has programs for {len(order)} ranks, but pp={self.pp.size}")
         check(order, microbatches)
@@ -115,9 +141,11 @@ class Parallel:
         self.buffers = {
             key: x for key, x in self.module.state_dict().items() if self.state_names[key] not in self.shapes
         }
-        self.streams = tensor.Streams(default_generator(self.device))
+        self.streams = Streams(default_generator(self.device))
         deferral = Deferral(holds=any(action.op == Op.W for action in chain(*order)))
-        self.region = tensor.Region(self.tp, sequence_parallel and self.tp.size > 1, self.streams, deferral)
+        self.region = tensor.Region(self.tp, options.sequence_parallel and self.tp.size > 1, self.streams, deferral)
+        self.masks = Masks(torch.Generator(self.device), self._shared_dims)
+        self.masks.replace_in(self.module)
         self.attention: AbstractContextManager = nullcontext()
         if self.cp.size > 1:
             context.cut_behind(_place_of_the_cut(self.module, plan), self.cp)
@@ -125,15 +153,19 @@ class Parallel:
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
-        self.stages = Stages(self.module, len(self.owner), mine, needs_blocks=zero == 3)
+        self.stages = Stages(self.module, len(self.owner), mine, zero == 3 or options.recompute != "none")
         self.homes = {name: self.stages.homes[p] for name, p in self.everything.items()}
         self.here = {name: p for name, p in self.everything.items() if self.homes[name] & mine}
         _own_memory(self.here.values(), model)
         kind = nn.modules.batchnorm._BatchNorm
+        if options.recompute != "none":
+            for block in chain(*(self.stages.blocks[stage].values() for stage in sorted(mine))):
+                keep_less(block, options.recompute, self._remember)
         self.batch_norms = [(name, x) for name, x in self.module.named_modules() if isinstance(x, kind)]
 
         self.loss = self._loss(loss)
-        self.zero, self.whole_gradients = zero, whole_gradients or zero < 2
+        self.zero, self.whole_gradients = zero, options.whole_gradients or zero < 2
+        self.dtype, self.scale = options.dtype, LossScale() if options.dtype is torch.float16 else LossScale(1.0)
         self.shares = {stage: self._shares(stage) for stage in sorted(mine)} if zero else {}
         self.gradients: dict[int, list[data.Gradients] | list[Shares]] = {
             stage: [self.shares[stage]] if zero else self._gradients(stage) for stage in sorted(mine)
@@ -147,6 +179,7 @@ class Parallel:
         )
         seed = torch.tensor(torch.initial_seed() % 2**63, device=self.device)
         self.seed, self.steps = int(broadcast(seed, everyone())), 0
+        self.rows: list[range] = []  # of each microbatch, in the global batch
         self.spans: list = []  # of the last step
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -168,12 +201,16 @@ class Parallel:
         # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
         guess = 1 if local else next(iter(_tensors(targets))).numel()
         batches, labels = self._microbatches(inputs, local), self._microbatches(self._share(targets), local)
+        first = self._first_row(sizes[0], local)
+        ends = list(accumulate(len(next(iter(_tensors(x)))) for x in batches))
+        self.rows = [range(first + a, first + b) for a, b in pairwise([0, *ends])]  # of the global batch
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, count
 
         def conclude(output: Any, microbatch: int) -> Tensor:
-            loss, count = _pair(self.loss(getattr(output, "logits", output), labels[microbatch]))
+            with computing_in(self.dtype, self.device):
+                loss, count = _pair(self.loss(getattr(output, "logits", output), labels[microbatch]))
             total.add_(torch.stack([loss.detach().double(), torch.as_tensor(count, device=self.device).double()]))
-            return loss / guess
+            return loss * (self.scale.value / guess)
 
         self._check_layers()
         self._refresh()
@@ -187,17 +224,29 @@ class Parallel:
         loss, count = all_reduce(all_reduce(total, self.pp), self.replicas)
         if count == 0:
             raise ValueError("no label counts: the loss gave a count of 0 for the whole batch")
-        if count != guess:
+        if count != guess or self.scale.value != 1:
             for some in self._all_gradients():
-                some.scale(guess / count.item())
+                some.scale(guess / count.item() / self.scale.value)
         self._sum_partial()
         self._sum_tied()
+        if self.dtype is torch.float16:
+            self._check_overflow()
         self.steps, self.spans = self.steps + 1, self.executor.spans
         return (loss / count).to(next(iter(self.everything.values())).dtype)
 
     def _run_stage(self, stage: int, state: Any, inputs: Batch) -> Any:
-        with self.attention:
+        with self.attention, computing_in(self.dtype, self.device):
             return self.stages(stage, state, inputs)
+
+    def _check_overflow(self) -> None:
+        """After a gradient that is not finite, on whatever rank, there are no gradients: optimizers skip those."""
+        finite = [p.grad.isfinite().all() for p in self.owned.values() if p.grad is not None]
+        worst = 1 - torch.stack([torch.ones((), device=self.device), *finite]).min()
+        overflow = all_reduce(worst, everyone(), "max").item() > 0
+        if overflow:
+            for parameter in self.owned.values():
+                parameter.grad = None
+        self.scale.update(overflow)
 
     def _share(self, targets: Any) -> Any:
         """The targets of this rank's tokens: (rows, T, ...) -> (rows, T/cp, ...)"""
@@ -342,8 +391,38 @@ class Parallel:
         finally:
             self.streams.generator.set_state(state)
 
+    def _first_row(self, size: int, local: bool) -> int:
+        """Where this data rank's rows begin in the global batch."""
+        if not local:
+            return bounds(size, self.dp.size)[self.dp.index]
+        sizes = all_gather(torch.tensor([size], device=self.device), self.dp)
+        return int(sizes[: self.dp.index].sum())
+
+    def _shared_dims(self, x: Tensor) -> list[Shared]:
+        """Of activations (rows, sequence, width) or attention's (rows, heads, ...): what this rank has a part of."""
+        by_sequence, by_width = x.dim() == 3, 2 if x.dim() == 3 else 1
+        shares = [Shared(1, self.cp.size, lambda y, dim: context.zigzag(y, self.cp, dim))] if by_sequence else []
+        if self.streams.inside:
+            shares.append(Shared(by_width, self.tp.size, lambda y, dim: shard(y, self.tp, dim)))
+        elif self.region.sequence and by_sequence:
+            shares.append(Shared(1, self.tp.size, lambda y, dim: shard(y, self.tp, dim)))
+        return shares
+
+    def _remember(self) -> AbstractContextManager[None]:
+        """What a block needs, beside its input, to compute again what it computes now."""
+        bring_back = remember(self.streams, self.masks)
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            bring_back()
+            with self.attention:
+                yield
+
+        return again()
+
     def _seed(self, action: Action) -> None:
-        """Before a forward: random streams that depend on what is computed, not on the order of the schedule."""
+        """Before a forward: random numbers that depend on what is computed, not on the order of the schedule."""
+        self.masks.begin((self.seed, self.steps), self.rows[action.microbatch])
         place = (self.seed, self.steps, self.replicas.index, action.stage, action.microbatch)
         own = 1 + self.tp.index
         outside = self.tp.size + own if self.region.sequence else 0  # parts of a sequence differ, copies of it agree
@@ -367,6 +446,8 @@ class Parallel:
         size = len(next(iter(_tensors(inputs))))
         shared = size >= self.dp.size
         mine = data.rows(inputs, self.dp.size)[self.dp.index] if shared else inputs
+        first = self._first_row(size, local=False) if shared else 0
+        self.rows = [range(first, first + len(next(iter(_tensors(mine)))))]
         outputs = []
         self._gather_heads(True)
         with self._own_randomness():

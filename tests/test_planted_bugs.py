@@ -6,12 +6,14 @@ from unittest.mock import patch
 import pytest
 import torch.nn.functional as F
 from laws import batch_of, model_of, problems
-from test_randomness import distinct, masks_of_two_steps, of
+from test_randomness import FromStreams, distinct, masks_of_two_steps, of
+from torch import nn
 
-from minipar import Config, Mesh, data, gpipe, pipeline, tensor, train
+from minipar import Config, Mesh, data, gpipe, pipeline, randomness, tensor, train
 from minipar.schedule import Op
 from minipar.tensor import cross_entropy
 from minipar.transport import Done, Pending
+from minipar.world import here
 
 PLAIN = Config(vocab=19, context=8, depth=4, width=16, heads=4)
 TIED = Config(vocab=19, context=8, depth=4, width=16, heads=4, tied=True)
@@ -174,20 +176,31 @@ def test_without_a_bug_no_law_is_broken(world4, config, layout):
     assert laws_broken_by(Planted(world4, None), config, layout) == []
 
 
-def test_one_mask_for_all_tensor_ranks_is_found(world2):
-    def one_stream():
-        return patch.object(tensor.Streams, "go", lambda self, inside: None)
-
-    for bug, expected in ((one_stream, False), (None, True)):
-        answers = Planted(world2, bug).run(masks_of_two_steps, mesh=Mesh(tp=2))
-        assert distinct([mask for masks in answers for mask in of(masks, "inside")]) is expected
+def one_stream():
+    return patch.object(randomness.Streams, "go", lambda self, inside: None)
 
 
-def test_a_mask_that_is_not_everyones_is_found(world2):
-    def own_stream():
-        whole = tensor.Streams.begin
-        return patch.object(tensor.Streams, "begin", lambda self, outside, inside: whole(self, inside, inside))
+def own_stream():
+    whole = randomness.Streams.begin
+    return patch.object(randomness.Streams, "begin", lambda self, outside, inside: whole(self, inside, inside))
 
-    for bug, expected in ((own_stream, False), (None, True)):
-        first, second = Planted(world2, bug).run(masks_of_two_steps, mesh=Mesh(tp=2))
-        assert (of(first, "outside") == of(second, "outside")) is expected
+
+def own_masks():
+    whole = randomness.Masks.begin
+    return patch.object(randomness.Masks, "begin", lambda self, step, rows: whole(self, (*step, here().rank), rows))
+
+
+@pytest.mark.parametrize(
+    ("bug", "dropout"), [(one_stream, nn.Dropout), (one_stream, FromStreams), (None, nn.Dropout), (None, FromStreams)]
+)
+def test_one_mask_for_all_tensor_ranks_is_found(world2, bug, dropout):
+    answers = Planted(world2, bug).run(masks_of_two_steps, dropout, mesh=Mesh(tp=2))
+    assert distinct([mask for masks in answers for mask in of(masks, "inside")]) is (bug is None)
+
+
+@pytest.mark.parametrize(
+    ("bug", "dropout"), [(own_masks, nn.Dropout), (own_stream, FromStreams), (None, nn.Dropout), (None, FromStreams)]
+)
+def test_a_mask_that_is_not_everyones_is_found(world2, bug, dropout):
+    first, second = Planted(world2, bug).run(masks_of_two_steps, dropout, mesh=Mesh(tp=2))
+    assert (of(first, "outside") == of(second, "outside")) is (bug is None)

@@ -2,22 +2,35 @@
 
 from itertools import combinations
 
+import pytest
 import torch
-from laws import differences, stirred
+from laws import batch_of, differences, model_of, stirred
 from torch import nn
 
-from minipar import Mesh, gpipe, one_f_one_b, parallelize
+from minipar import Config, Mesh, World, gpipe, one_f_one_b, parallelize
+from minipar.schedule import zero_bubble_h1
 
 WIDTH, ROWS, LENGTH = 32, 12, 8
+
+
+class FromStreams(nn.Module):
+    """Dropout that is not nn.Dropout, so it draws from torch's generator as functions do."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return nn.functional.dropout(x, self.p, self.training)
 
 
 class Block(nn.Module):
     """Dropout inside the cut region and outside of it, in modules, so that their masks can be looked at."""
 
-    def __init__(self):
+    def __init__(self, dropout):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.inside, self.outside = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.inside, self.outside = dropout(0.5), dropout(0.5)
 
     def forward(self, x):
         return x + self.outside(self.down(self.inside(torch.tanh(self.up(self.norm(x))) + 2)))
@@ -33,9 +46,9 @@ class Model(nn.Module):
         "head": "colwise_gather_output",
     }
 
-    def __init__(self):
+    def __init__(self, dropout=nn.Dropout):
         super().__init__()
-        self.embed, self.blocks = nn.Embedding(11, WIDTH), nn.ModuleList(Block() for _ in range(2))
+        self.embed, self.blocks = nn.Embedding(11, WIDTH), nn.ModuleList(Block(dropout) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 11)
 
     def forward(self, ids):
@@ -50,16 +63,16 @@ def batch():
     return torch.randint(11, (ROWS, LENGTH), generator=draw), torch.randint(11, (ROWS, LENGTH), generator=draw)
 
 
-def build(**layout):
+def build(dropout=nn.Dropout, **layout):
     torch.manual_seed(0)
-    return parallelize(stirred(Model().double()), **layout)
+    return parallelize(stirred(Model(dropout).double()), **layout)
 
 
 def watch(parallel):
     """Record the mask of every dropout that is drawn: (name, mask), in the order of drawing."""
     masks = []
     for name, module in parallel.module.named_modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout | FromStreams):
 
             def record(module, args, output, name=name):
                 masks.append((name, (output != 0).flatten().tolist()))
@@ -68,8 +81,8 @@ def watch(parallel):
     return masks
 
 
-def masks_of_two_steps(**layout):
-    parallel = build(**layout)
+def masks_of_two_steps(dropout=nn.Dropout, **layout):
+    parallel = build(dropout, **layout)
     masks = watch(parallel)
     parallel.step(*batch())
     parallel.step(*batch())
@@ -85,8 +98,12 @@ def distinct(masks):
     return all(a != b for a, b in combinations(masks, 2))
 
 
-def test_tensor_ranks_draw_the_same_outside_the_cut_region_and_their_own_inside(world2):
-    first, second = world2.run(masks_of_two_steps, mesh=Mesh(tp=2), microbatches=2)
+either = pytest.mark.parametrize("dropout", [nn.Dropout, FromStreams])
+
+
+@either
+def test_tensor_ranks_draw_the_same_outside_the_cut_region_and_their_own_inside(world2, dropout):
+    first, second = world2.run(masks_of_two_steps, dropout, mesh=Mesh(tp=2), microbatches=2)
     assert of(first, "outside") == of(second, "outside")
     assert distinct(of(first, "inside") + of(second, "inside"))
     assert distinct(of(first, "outside")), "another mask for each layer, microbatch and step"
@@ -111,15 +128,17 @@ def test_no_two_streams_have_one_seed(world4):
     assert len({*inside, *distinct_outside}) == len(inside) + len(distinct_outside) == 12
 
 
-def test_parts_of_a_sequence_draw_their_own_everywhere(world2, world4):
+@either
+def test_parts_of_a_sequence_draw_their_own_everywhere(world2, world4, dropout):
     for world, tp in ((world2, 2), (world4, 4)):
-        answers = world.run(masks_of_two_steps, mesh=Mesh(tp=tp), microbatches=2, sequence_parallel=True)
+        answers = world.run(masks_of_two_steps, dropout, mesh=Mesh(tp=tp), microbatches=2, sequence_parallel=True)
         assert distinct([mask for masks in answers for mask in of(masks, "inside")])
         assert distinct([mask for masks in answers for mask in of(masks, "outside")])
 
 
-def test_rows_stages_and_microbatches_draw_their_own(world4):
-    answers = world4.run(masks_of_two_steps, mesh=Mesh(dp=2, pp=2), microbatches=3)
+@either
+def test_rows_stages_and_microbatches_draw_their_own(world4, dropout):
+    answers = world4.run(masks_of_two_steps, dropout, mesh=Mesh(dp=2, pp=2), microbatches=3)
     assert all(len(masks) == 12 for masks in answers)  # 2 dropouts, 3 microbatches, 2 steps
     assert distinct([mask for masks in answers for _, mask in masks])
 
@@ -129,9 +148,10 @@ def backwards(stages, microbatches):
     return [[a._replace(microbatch=microbatches - 1 - a.microbatch) for a in p] for p in gpipe(stages, microbatches)]
 
 
-def test_the_order_of_the_schedule_does_not_change_what_is_drawn(world4):
+@either
+def test_the_order_of_the_schedule_does_not_change_what_is_drawn(world4, dropout):
     def gradients(schedule):
-        parallel = build(mesh=Mesh(pp=2, tp=2), microbatches=4, schedule=schedule)
+        parallel = build(dropout, mesh=Mesh(pp=2, tp=2), microbatches=4, schedule=schedule)
         parallel.step(*batch())
         parallel.step(*batch())
         return parallel.full_gradients()
@@ -158,6 +178,59 @@ def test_the_same_seed_trains_the_same_and_another_does_not(world2):
 
     assert differences(world2.run(gradients)[0], world2.run(gradients)[0]) == ""
     assert differences(world2.run(with_seed, 1)[0], world2.run(with_seed, 2)[0]) != ""
+
+
+SHAPE = {"vocab": 19, "context": 8, "depth": 4, "width": 16, "heads": 4, "dropout": 0.3}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_every_layout_drops_the_same(world4, world8, recompute):
+    """The gradients of two steps with dropout are those of one rank, whoever computes what."""
+
+    def gradients(layouts, local=False):
+        answers = []
+        for layout in layouts:
+            parallel, (tokens, targets) = (
+                parallelize(model_of(Config(**SHAPE)), **layout),
+                batch_of(Config(**SHAPE), 9, 8),
+            )
+            for _ in range(2):
+                loss = parallel.step(tokens, targets)
+            answers.append((loss.item(), parallel.full_gradients()))
+        return answers
+
+    again = {"recompute": recompute}
+    layouts = {
+        world4: [
+            {"mesh": Mesh(dp=4), "microbatches": 2},
+            {"mesh": Mesh(dp=2, tp=2), "sequence_parallel": True},
+            {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "schedule": zero_bubble_h1},
+            {"mesh": Mesh(cp=2, tp=2), "sequence_parallel": True, "zero": 3},
+            {"mesh": Mesh(dp=2, cp=2), "zero": 2, "microbatches": 2},
+        ],
+        world8: [{"mesh": Mesh(dp=2, pp=2, tp=2), "microbatches": 2, "zero": 1}],
+    }
+    with World(1) as alone:
+        ((loss, wanted),) = alone.run(gradients, [{"mesh": Mesh()}])[0]
+    for world, some in layouts.items():
+        for answers in world.run(gradients, [layout | again for layout in some]):
+            for got, layout in zip(answers, some, strict=True):
+                assert abs(got[0] - loss) <= 1e-12 * loss, layout
+                assert differences(got[1], wanted) == "", layout
+
+
+def test_rows_of_ones_own_are_dropped_as_the_global_batch_would_be(world2):
+    def gradients(local):
+        parallel = build(mesh=Mesh(dp=2))
+        tokens, targets = batch()
+        mine = slice(0, 5) if parallel.dp.index == 0 else slice(5, None)
+        if local:
+            parallel.step(tokens[mine], targets[mine], local=True)
+        else:
+            parallel.step(tokens, targets)
+        return parallel.full_gradients()
+
+    assert differences(world2.run(gradients, True)[0], world2.run(gradients, False)[0]) == ""
 
 
 def test_the_callers_random_numbers_go_on_undisturbed(world4):
