@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .collectives import Axis, connect
     from .mesh import Mesh
     from .model import Config, gpt
-    from .schedule import gpipe, one_f_one_b
+    from .schedule import gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
     from .tensor import cross_entropy
     from .timeline import Costs, Timeline, bubble, simulate
     from .train import parallelize
@@ -43,11 +43,15 @@ __all__ = [
     "gpipe",
     "gpt",
     "here",
+    "interleaved",
     "ledger",
     "main",
     "one_f_one_b",
     "parallelize",
     "simulate",
+    "zero_bubble_h1",
+    "zero_bubble_h2",
+    "zero_bubble_v",
 ]
 
 

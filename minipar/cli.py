@@ -23,7 +23,8 @@ from .collectives import all_reduce, everyone
 from .mesh import Mesh
 from .model import Config, gpt
 from .rank import here
-from .schedule import gpipe, one_f_one_b
+from .recompute import HOW
+from .schedule import gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
 from .tensor import cross_entropy
 from .train import parallelize
 from .world import RankError, main
@@ -31,7 +32,15 @@ from .world import RankError, main
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
+SCHEDULES = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zero-bubble-h1": zero_bubble_h1,
+    "zero-bubble-h2": zero_bubble_h2,
+    "zero-bubble-v": zero_bubble_v,
+}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOSE = 1e-9  # of the largest gradient; rounding in float64 stays far below, also after many steps
 PROMPT, NEW_TOKENS = "The", 48
 
@@ -44,7 +53,7 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "train",
         help="train the small GPT on any mesh",
-        description="Train the small GPT on Python's documentation. The dp x pp x tp ranks are started here, or are "
+        description="Train the small GPT on Python's documentation. The dp x pp x cp x tp ranks are started here, or are "
         "torchrun's: torchrun --nproc-per-node 8 -m minipar train --dp 2 --pp 2 --tp 2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -54,10 +63,14 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     layout = parser.add_argument_group("layout")
     layout.add_argument("--dp", type=whole, default=1, metavar="N", help="data-parallel ranks")
     layout.add_argument("--pp", type=whole, default=1, metavar="N", help="pipeline stages")
+    layout.add_argument("--cp", type=whole, default=1, metavar="N", help="context-parallel ranks")
     layout.add_argument("--tp", type=whole, default=1, metavar="N", help="tensor-parallel ranks")
     layout.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="order of the pipeline's work")
     layout.add_argument("--microbatches", type=whole, default=4, metavar="N", help="parts of a data rank's rows")
     layout.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between tensor layers")
+    layout.add_argument("--zero", type=int, choices=range(4), default=0, help="what data ranks share out")
+    layout.add_argument("--recompute", choices=HOW, default="none", help="what backward computes again")
+    layout.add_argument("--dtype", choices=DTYPES, default="float32", help="what matrix products compute in")
     layout.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="where the tensors are")
 
     model = parser.add_argument_group("model")
@@ -135,12 +148,14 @@ def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
         what = f"dp={options.dp} x {options.microbatches} microbatches"
         raise ValueError(f"--rows {options.rows} is too few for {what}: at least {parts}")
     if options.check and options.dropout:
-        raise ValueError("--check fits --dropout 0 only: what is dropped depends on the layout")
+        raise ValueError("--check fits --dropout 0 only: one process drops something else")
+    if options.check and DTYPES[options.dtype]:
+        raise ValueError("--check fits --dtype float32 only: it compares in float64")
     if options.trace and (options.trace.is_dir() or not os.access(options.trace.absolute().parent, os.W_OK)):
         raise ValueError(f"--trace {options.trace}: it must be a file in a folder that can be written to")
     corpus.batches(options.steps, options.rows, options.context)
     shape = {name: getattr(options, name) for name in ("context", "depth", "width", "heads", "tied", "dropout")}
-    return Mesh(dp=options.dp, pp=options.pp, tp=options.tp), Config(vocab=corpus.VOCAB, **shape)
+    return Mesh(dp=options.dp, pp=options.pp, cp=options.cp, tp=options.tp), Config(vocab=corpus.VOCAB, **shape)
 
 
 def _show_progress(listener: Listener, steps: int) -> None:
@@ -189,6 +204,9 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
             schedule=SCHEDULES[options.schedule],
             microbatches=options.microbatches,
             sequence_parallel=options.sequence_parallel,
+            zero=options.zero,
+            recompute=options.recompute,
+            dtype=DTYPES[options.dtype],
         )
     except ValueError as error:
         return error

@@ -1,5 +1,6 @@
 """The commands, as a person runs them: exit codes, one clear line for bad input, the same numbers everywhere."""
 
+import argparse
 import json
 import math
 import re
@@ -44,15 +45,17 @@ def test_a_checked_run_says_that_its_gradients_are_those_of_one_process(hybrid):
 
 
 def test_tokens_a_second_do_not_count_the_check():
-    options = {"steps": 2, "rows": 4, "context": 8, "seed": 0, "check": True, "lr": 1e-3, "trace": None}
-    layout = {"schedule": "1f1b", "microbatches": 2, "sequence_parallel": False}
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers())
+    words = "train --steps 2 --rows 4 --context 8 --check --microbatches 2"
+    settings = {name: value for name, value in vars(parser.parse_args(words.split())).items() if name != "run"}
     config = Config(depth=1, width=8, heads=2, context=8)
 
     def with_slow_checks() -> float:
         right = cli._difference
         cli._difference = lambda *some: time.sleep(1) or right(*some)
         cli._progress = lambda where: nullcontext(lambda what: None)
-        return cli._train(cli.Mesh(), config, options | layout, None).tokens_per_second
+        return cli._train(cli.Mesh(), config, settings, None).tokens_per_second
 
     with World(1) as world:
         assert world.run(with_slow_checks)[0] > 4 * 8, "two steps of 32 tokens take less than 2 s"
@@ -129,6 +132,7 @@ def test_the_check_sees_a_wrong_gradient(capsys):
         ("--context 9999999", "context=9999999 does not fit: the corpus has"),
         ("--dropout 1.5", "dropout=1.5"),
         ("--check --dropout 0.1", "--check fits --dropout 0 only"),
+        ("--check --dtype bfloat16", "--check fits --dtype float32 only"),
         ("--trace no/such/folder.json", "--trace no/such/folder.json: it must be a file in a folder that"),
     ],
 )
