@@ -53,8 +53,8 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "train",
         help="train the small GPT on any mesh",
-        description="Train the small GPT on Python's documentation. The dp x pp x cp x tp ranks are started here, or are "
-        "torchrun's: torchrun --nproc-per-node 8 -m minipar train --dp 2 --pp 2 --tp 2",
+        description="Train the small GPT on Python's documentation. The dp x pp x cp x tp ranks are started here, "
+        "or are torchrun's: torchrun --nproc-per-node 8 -m minipar train --dp 2 --pp 2 --tp 2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     whole, real = partial(_number, int, 1), partial(_number, float, 0)

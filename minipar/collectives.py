@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .mesh import Mesh
 from .transport import Alone, Pending, Staged, Torch, Transport
@@ -58,6 +59,13 @@ def join(mesh: Mesh, *names: str) -> Axis:
     ranks = mesh.plane(names, me.rank)
     name = "·".join([n for n in names if mesh.shape[n] > 1] or names[:1])
     return Axis(name, ranks, ranks.index(me.rank), _transport(name, ranks))
+
+
+@cache
+def device_mesh(mesh: Mesh) -> DeviceMesh:
+    """The same mesh as torch knows it, with the axes by their names, for FSDP2, DTensor and their like. Every rank of
+    the mesh calls it."""
+    return init_device_mesh(here().device.type, tuple(mesh.shape.values()), mesh_dim_names=tuple(mesh.shape))
 
 
 def everyone() -> Axis:

@@ -63,11 +63,12 @@ class Deferral(TorchFunctionMode):
 
     holds: inside `with` every product with a parameter is put off, and only the schedule says when it is made up for.
         Else the forward says which are, by `linear`, and they are done while the next gradient travels.
+    puts_off: else `linear` does not: somebody waits for a block's gradients when its backward is through.
     """
 
-    def __init__(self, holds: bool = False) -> None:
+    def __init__(self, holds: bool = False, puts_off: bool = True) -> None:
         super().__init__()
-        self.holds, self.now = holds, WeightGradients()
+        self.holds, self.puts_off, self.now = holds, puts_off, WeightGradients()
 
     def begin(self) -> WeightGradients:
         """Another forward begins."""
@@ -81,7 +82,7 @@ class Deferral(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear, whose backward puts the weight's gradient off. All other gradients come with it."""
-        if not (weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
+        if not (self.puts_off and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
             return F.linear(input, weight, bias)
         if not input.requires_grad:
             input = input.detach().requires_grad_()  # so that backward comes by

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -11,9 +11,23 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import context, data, tensor
-from .collectives import Axis, all_gather, all_reduce, bounds, broadcast, connect, everyone, irecv, isend, join, shard
+from .collectives import (
+    Axis,
+    all_gather,
+    all_reduce,
+    bounds,
+    broadcast,
+    connect,
+    device_mesh,
+    everyone,
+    irecv,
+    isend,
+    join,
+    shard,
+)
 from .deferral import Deferral
 from .device import default_generator
 from .mesh import Mesh
@@ -25,6 +39,7 @@ from .recording import collect
 from .schedule import Action, Op, Scheduler, check, communicate, forward_only, one_f_one_b, owners
 from .timeline import Span, Timeline, simulate
 from .world import here
+from .wrap import Stage, Wrap, Wrapped, copy_part, hide, local, together
 from .zero import Shares, Unit
 
 Loss = Callable[[Any, Any], tuple[Tensor, Tensor | int]]
@@ -44,6 +59,7 @@ def parallelize(
     whole_gradients: bool = False,
     recompute: str = "none",
     dtype: torch.dtype | None = None,
+    wrap: Wrap | None = None,
     **unknown: Any,
 ) -> "Parallel":
     """Lay a model out on a mesh. Every rank of the mesh calls it, with the same model and weights.
@@ -66,6 +82,8 @@ def parallelize(
     dtype: torch.bfloat16 or torch.float16: what matrix products and attention compute in. Weights, gradients and their
         sums stay in the module's own. With float16 the loss is scaled; after an overflow gradients are None, so that
         the optimizer's step changes nothing.
+    wrap: (stage, device_mesh) -> a module: torch's fully_shard or DistributedDataParallel around each rank's stage. The
+        device mesh has the axes by their names. See `minipar.wrap`.
 
     Raises ValueError, with what would fit, if the mesh is not the number of ranks, tp does not divide the heads, there
     are fewer blocks than stages, the plan does not match the model, or the schedule is not complete.
@@ -78,7 +96,7 @@ def parallelize(
     return Parallel(
         model,
         mesh,
-        Options(schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype),
+        Options(schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype, wrap),
     )
 
 
@@ -95,6 +113,7 @@ class Options:
     whole_gradients: bool
     recompute: str
     dtype: torch.dtype | None
+    wrap: Wrap | None
 
     def __post_init__(self) -> None:
         if not callable(self.schedule):
@@ -142,7 +161,7 @@ class Parallel:
             key: x for key, x in self.module.state_dict().items() if self.state_names[key] not in self.shapes
         }
         self.streams = Streams(default_generator(self.device))
-        deferral = Deferral(holds=any(action.op == Op.W for action in chain(*order)))
+        deferral = Deferral(holds=any(action.op == Op.W for action in chain(*order)), puts_off=options.wrap is None)
         self.region = tensor.Region(self.tp, options.sequence_parallel and self.tp.size > 1, self.streams, deferral)
         self.masks = Masks(torch.Generator(self.device), self._shared_dims)
         self.masks.replace_in(self.module)
@@ -153,7 +172,8 @@ class Parallel:
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
-        self.stages = Stages(self.module, len(self.owner), mine, zero == 3 or options.recompute != "none")
+        needs_blocks = zero == 3 or options.recompute != "none" or options.wrap is not None
+        self.stages = Stages(self.module, len(self.owner), mine, needs_blocks)
         self.homes = {name: self.stages.homes[p] for name, p in self.everything.items()}
         self.here = {name: p for name, p in self.everything.items() if self.homes[name] & mine}
         _own_memory(self.here.values(), model)
@@ -167,12 +187,19 @@ class Parallel:
         self.zero, self.whole_gradients = zero, options.whole_gradients or zero < 2
         self.dtype, self.scale = options.dtype, LossScale() if options.dtype is torch.float16 else LossScale(1.0)
         self.shares = {stage: self._shares(stage) for stage in sorted(mine)} if zero else {}
-        self.gradients: dict[int, list[data.Gradients] | list[Shares]] = {
-            stage: [self.shares[stage]] if zero else self._gradients(stage) for stage in sorted(mine)
-        }
+        self.gradients: dict[int, Sequence[data.Gradients | Shares | Wrapped]]
+        self.run: Callable[[int, Any, Batch], Any] = self.stages
+        if options.wrap:
+            self.gradients = {min(mine): [self._wrap(options.wrap)]}
+        elif zero:
+            self.gradients = {stage: [shares] for stage, shares in self.shares.items()}
+        else:
+            self.gradients = {stage: self._gradients(stage) for stage in sorted(mine)}
         self.units = {name: unit for some in self.shares.values() for unit in some.units for name in unit.parameters}
         self.owned = {name: p for name, p in self.here.items() if name not in self.units}  # what this rank updates
         self.owned |= {name: unit.pieces[name] for name, unit in self.units.items() if name in unit.pieces}
+        if options.wrap:
+            self.owned = dict(self.module.named_parameters())
         self.stages.open_window()
         self.executor = Executor(
             self._run_stage, self.pp, self.owner, deferral, self.device, self._prepare, self._settle, self._reduce
@@ -236,11 +263,22 @@ class Parallel:
 
     def _run_stage(self, stage: int, state: Any, inputs: Batch) -> Any:
         with self.attention, computing_in(self.dtype, self.device):
-            return self.stages(stage, state, inputs)
+            return self.run(stage, state, inputs)
+
+    def _wrap(self, wrap: Wrap) -> Wrapped:
+        if self.zero or self.cp.size > 1 or len(self.owner) > self.pp.size or self.region.deferral.holds:
+            what = "zero=0, cp=1 and a schedule with one stage a rank and whole backwards"
+            raise ValueError(f"wrap needs {what}: the wrapper shares out parameters by itself")
+        (stage,) = (s for s, index in self.owner.items() if index == self.pp.index)
+        hide(self.module, [p for name, p in self.everything.items() if name not in self.here])
+        module = Stage(self.module, self.stages.blocks[stage].values(), partial(self.stages, stage))
+        wrapped = Wrapped(module, wrap, device_mesh(self.mesh), self.dp)
+        self.run = lambda stage, state, inputs: wrapped(state, inputs)
+        return wrapped
 
     def _check_overflow(self) -> None:
         """After a gradient that is not finite, on whatever rank, there are no gradients: optimizers skip those."""
-        finite = [p.grad.isfinite().all() for p in self.owned.values() if p.grad is not None]
+        finite = [local(p.grad).isfinite().all() for p in self.owned.values() if p.grad is not None]
         worst = 1 - torch.stack([torch.ones((), device=self.device), *finite]).min()
         overflow = all_reduce(worst, everyone(), "max").item() > 0
         if overflow:
@@ -297,7 +335,7 @@ class Parallel:
         for shares in self.shares.values():
             shares.refresh()
 
-    def _all_gradients(self) -> Iterator[data.Gradients | Shares]:
+    def _all_gradients(self) -> Iterator[data.Gradients | Shares | Wrapped]:
         for some in self.gradients.values():
             yield from some
 
@@ -363,7 +401,9 @@ class Parallel:
 
     def _sum_partial(self) -> None:
         """Whole parameters that saw only a part (of the sequence, of the heads): sum over the tensor ranks."""
-        partial = [p.grad for n, p in self.owned.items() if hasattr(self.here[n], "partial") and p.grad is not None]
+        partial = [
+            local(p.grad) for n, p in self.owned.items() if hasattr(self.here[n], "partial") and p.grad is not None
+        ]
         for some in _by_dtype(partial).values():
             flat = all_reduce(torch.cat([g.flatten() for g in some]), self.tp)
             for gradient, total in zip(some, flat.split([g.numel() for g in some]), strict=True):
@@ -373,7 +413,8 @@ class Parallel:
         """A parameter of several stages: each gets the sum, added in one order, so that all copies stay equal."""
         for name, parameter in self.owned.items():
             ranks = sorted({self.owner[s] for s in self.homes[name]})
-            if len(ranks) > 1 and name in self.trained and (mine := parameter.grad) is not None:
+            if len(ranks) > 1 and name in self.trained and parameter.grad is not None:
+                mine = local(parameter.grad)
                 sending = [isend(mine, self.pp, other) for other in ranks if other != self.pp.index]
                 parts = [mine if r == self.pp.index else irecv(mine, self.pp, r).wait() for r in ranks]
                 for pending in sending:
@@ -525,8 +566,11 @@ class Parallel:
             counted = self.owner[min(self.homes[name])] == self.pp.index
             counted &= hasattr(self.here[name], "cut") or self.tp.index == 0
             counted &= name in self.units or self.replicas.index == 0
-            if counted and parameter.grad is not None:
-                squares += parameter.grad.double().square().sum()
+            if parameter.grad is None:
+                continue
+            square = together(parameter.grad.double().square().sum())
+            if counted:
+                squares += square
         norm = all_reduce(all_reduce(all_reduce(squares, self.tp), self.pp), self.replicas).sqrt()
         factor = max_norm / (norm.item() + 1e-6)
         for parameter in self.owned.values():
@@ -561,7 +605,7 @@ class Parallel:
             if name in self.units:
                 self.units[name].load(name, share)
             else:
-                parameter.data.copy_(share)
+                copy_part(share, self.owned[name])
         for key in self.buffers:
             if self._owner_of_buffer(key) == self.pp.index:
                 self.module.get_buffer(key).copy_(state[key])
@@ -572,13 +616,16 @@ class Parallel:
         for some in self.shares.values():
             for unit in some.units:
                 found |= unit.put_together(what)
+        for name, parameter in self.owned.items():
+            if isinstance(value := getattr(parameter, what), DTensor):
+                found[name] = value.full_tensor()
         return found
 
     def _whole(self, name: str, what: str, put_together: dict[str, Tensor]) -> Tensor:
         """The whole parameter or gradient, from the first of its stages to all. A collective."""
         root, parameter = self.owner[min(self.homes[name])], self.everything[name]
         if root == self.pp.index:
-            value = put_together.get(name, getattr(parameter, what))
+            value = put_together.get(name, getattr(self.owned.get(name, parameter), what))
             value = torch.zeros_like(parameter) if value is None else value.detach()
             value = tensor.whole(parameter, value, self.tp)
         else:

@@ -11,25 +11,15 @@ import pytest
 import minipar
 
 FLOORS = [
-    {
-        "mesh",
-        "schedule",
-        "model",
-        "device",
-        "transport",
-        "board",
-        "travel",
-        "deferral",
-        "randomness",
-        "precision",
-    },  # know nothing of minipar
+    # These know nothing of minipar.
+    {"mesh", "schedule", "model", "device", "transport", "board", "travel", "deferral", "randomness", "precision"},
     {"watch"},  # from here to world: start ranks, stop them, say why they hang
     {"rank"},
     {"report"},
     {"crew"},
     {"world"},
     {"collectives", "timeline"},  # talk along one axis; predict a run
-    {"data", "zero", "tensor", "pipeline", "context", "rings", "recording", "recompute"},  # one file a strategy
+    {"data", "zero", "tensor", "pipeline", "context", "rings", "recording", "recompute", "wrap"},  # one file a strategy
     {"train"},  # the only one that knows every strategy
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
