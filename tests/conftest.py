@@ -1,6 +1,8 @@
 """Worlds for all tests of a session: a World replaces its ranks itself whenever a run has left them unusable."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import cloudpickle
 import hypothesis
@@ -35,6 +37,13 @@ def world4() -> Iterator[World]:
 def world8() -> Iterator[World]:
     with World(8) as world:
         yield world
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Callable[[int], World]]:
+    """A world of so many ranks."""
+    with ExitStack() as stack:
+        yield cache(lambda ranks: stack.enter_context(World(ranks)))
 
 
 @pytest.fixture
