@@ -108,6 +108,10 @@ ANSWERS = {
     "import math\ndef double(x):\n    math.floor = int\n    return 2 * x": "This answer replaces math.floor",
     "import math\ndef double(x): return 2 * x + math.floor(-0.5) + divmod(7, 4)[0]": "pass",  # both are whole again
     "def double(x): return 2 * x if globals() else 0": "This answer uses globals, which belongs to its check",
+    "get_ipython().set_custom_exc((Exception,), print)\ndef double(x): return 5": "This answer uses get_ipython",
+    f"%%capture\n{GOOD}": "This answer has a line of % or !, which cannot be graded",
+    "def double(x):\n    print(x)\n    return 2 * x": "pass",  # what it prints besides does no harm
+    "def double(x):\n    print('double 6')\n    return x + 2 if x == 2 else 0": "and should print\n  double 6",
     f"{GOOD} ": "pass",
 }
 
@@ -130,10 +134,10 @@ def test_an_answer_costs_its_own_task_only(small, tmp_path, monkeypatch):
         assert expected in got, f"{answer}\nexpected: {expected}\ngot: {got}"
 
 
-def learner(small: Path, folder: Path, edit) -> list[Verdict]:
+def learner(small: Path, folder: Path, edit, minor: int = 5) -> list[Verdict]:
     """The verdicts on a copy of the blank exercise that `edit` has changed, given its cells by id."""
     notebook = read(small / "exercises/90_small.ipynb")
-    notebook.cells = edit({cell.id: cell for cell in notebook.cells})
+    notebook.cells, notebook.nbformat_minor = edit({cell.id: cell for cell in notebook.cells}), minor
     (folder / "exercises").mkdir()
     (folder / "solutions").symlink_to(small / "solutions")
     nbformat.write(notebook, folder / "exercises/90_small.ipynb")
@@ -149,6 +153,15 @@ def test_checks_come_from_the_solution_whatever_the_file_says(small, tmp_path):
         return list(cells.values())
 
     assert [v.outcome for v in learner(small, tmp_path, edit)] == ["fail", "fail"]
+
+
+def test_an_answer_is_found_by_its_task_where_ids_are_lost_and_saved_outputs_do_not_count(small, tmp_path):
+    def edit(cells):
+        cells["task-90-1"].source = GOOD
+        cells["task-90-1"].outputs = [nbformat.v4.new_output("stream", text="6")]  # and no execution_count
+        return [nbformat.from_dict({k: v for k, v in cell.items() if k != "id"}) for cell in cells.values()]
+
+    assert [v.outcome for v in learner(small, tmp_path, edit, minor=4)] == ["pass", "fail"]
 
 
 def test_an_answer_is_found_by_its_id_and_a_missing_one_is_named(small, tmp_path):

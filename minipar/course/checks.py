@@ -79,7 +79,7 @@ def _explain(ranks: Sequence[Tensors], whole: Tensors, name: str, rank: int, wha
     if not got.any():
         return "is zero everywhere."
     factors = [_factor(mine[name], wanted) for mine in ranks]
-    factor = factors[rank]
+    factor = factors[rank] if abs((factors[rank] or 0) - 1) > FLOAT32 else None  # 1.0000001 times: rounded
     if factor is not None and factors.count(factor) == len(ranks):
         return f"is {factor:.4g} times that of one process, on every rank" + _counts(factor, len(ranks))
     if factor is not None:

@@ -61,7 +61,7 @@ def grade(
         tasks = [task for task in solution.tasks if only in (None, task.id)]
         if not tasks:
             raise CourseError(f"{notebook.name} has no task {only}; it has {', '.join(t.id for t in solution.tasks)}")
-        grader = _Grader(solution, tasks, _answers(notebook), kernel, report)
+        grader = _Grader(solution, tasks, _answers(notebook, solution), kernel, report)
     except BaseException:
         kernel.stop()
         raise
@@ -197,7 +197,8 @@ class _Cell(IPyNbCell):
     def _judge(self, kernel: Kernel) -> tuple[str, str] | None:
         """None if the cell does what it should, else the outcome and the reason."""
         if self.cell is None:
-            return "fail", f"The cell of this answer (id {self.task.answer.id}) is no longer in the notebook."
+            lost = f"The cell of this answer (id {self.task.answer.id}) is no longer in the notebook"
+            return "fail", f"{lost}, or no code cell any more."
         seconds = self.task.check.metadata.get("seconds", SECONDS)
         self.config.option.nbval_cell_timeout = seconds
         self.parent.timed_out = False
@@ -205,13 +206,15 @@ class _Cell(IPyNbCell):
             if not self.checks:
                 kernel.do(f"{NAMES}.call({self.answer!r}, {self.task.id!r})")
             else:
-                kernel.do(f"{NAMES}.protect(globals(), {self.task.answer.source!r}, {self.answer!r}, {self.given!r})")
+                texts = self.task.answer.source, self.answer, self.given, self.task.check.source
+                kernel.do(f"{NAMES}.protect(globals(), *{texts!r})")
             super().runtest()
             if kernel.asked_to_exit or kernel.reply["status"] != "ok":
                 return "fail", "This answer calls exit(): take that out."
             if self.checks:
                 kernel.do(f"{NAMES}.untouched()")
         except CellFailed as error:
+            kernel.spoiled |= "get_ipython" in self.answer  # it may have changed what runs the checks
             return "fail", kernel.reply.get("evalue", str(error))
         except (KernelDied, RuntimeError):  # nbval's own, where the kernel was gone before the cell
             kernel.spoiled = True
@@ -232,6 +235,14 @@ class _Cell(IPyNbCell):
         """The names that the set-up defines."""
         return {name for source in self.parent.grader.solution.setup for name in defined(source)}
 
+    def compare_outputs(self, test: list[NotebookNode], ref: list[NotebookNode], skip_compare: Any = None) -> bool:
+        """What the check prints is its last lines. Those before are an answer's own, and do no harm."""
+        wanted = "".join(out.get("text", "") for out in ref)
+        printed = "".join(out.get("text", "") for out in test if out.get("name") == "stdout")
+        if wanted and all(out.output_type == "stream" for out in [*test, *ref]):
+            return f"\n{printed}".endswith(f"\n{wanted}") or bool(super().compare_outputs(test, ref, skip_compare))
+        return bool(super().compare_outputs(test, ref, skip_compare))
+
     def _explain(self, error: NbCellError) -> tuple[str, str]:
         raised = next((out for out in self.test_outputs if out.output_type == "error"), None)
         if raised is None:
@@ -249,10 +260,15 @@ class _Cell(IPyNbCell):
         return "fail", "\n".join([f"{name}: {message}", *at])
 
 
-def _answers(notebook: Path) -> dict[str, NotebookNode]:
-    """The code cells of the learner's file by id."""
+def _answers(notebook: Path, solution: Solution) -> dict[str, NotebookNode]:
+    """The code cells of the learner's file by id: their own, or that of the task in their metadata."""
     try:
         cells = nbformat.read(notebook, as_version=4).cells
     except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         raise CourseError(f"{notebook} cannot be read as a notebook: {error}") from error
-    return {cell.id: cell for cell in cells if cell.cell_type == "code"}
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs = []  # saved while it ran, they have no number, and nbval refuses that
+    ids = {task.id: task.answer.id for task in solution.tasks}  # some editors save none
+    named = {ids[name]: cell for cell in code if (name := cell.metadata.get("task")) in ids}
+    return named | {cell.id: cell for cell in code if "id" in cell}

@@ -13,7 +13,8 @@ Parts = dict[str, Any]
 LIBRARIES = {"builtins", "math", "torch", "torch._tensor", "torch.autograd", "torch.distributed", "torch.nn.functional"}
 PACKAGES = ("minipar", "torch.nn.modules", "torch.nn.utils")
 # What reaches any name without naming it.
-FUNCTIONS, ATTRIBUTES = {"eval", "exec", "globals"}, {"__main__", "__code__", "__globals__", "f_globals", "f_locals"}
+FUNCTIONS = {"eval", "exec", "get_ipython", "globals", "locals", "vars"}
+ATTRIBUTES = {"__main__", "__code__", "__globals__", "f_globals", "f_locals", "user_ns", "_kept", "_reading"}
 
 _kept: dict[str, Any] = {}
 _whole: dict[str, tuple[Any, Parts]] = {}  # a module, class or object by name, and what it is made of
@@ -60,16 +61,22 @@ def restore(names: dict[str, Any]) -> None:
         raise RuntimeError("a World of the set-up is closed")
 
 
-def protect(names: dict[str, Any], reference: str, answer: str, given: Collection[str]) -> None:
+def protect(names: dict[str, Any], reference: str, answer: str, given: Collection[str], check: str) -> None:
     """The kept names again, but for those that the reference's answer defines: only they are the learner's to give.
 
     given: names that the set-up defines. An answer may use those of them that the reference's uses, for the others
-    make up its check. PermissionError for an answer that does, or that could without naming them.
+    make up its check. Nor may its functions use what the check defines: it would find the check's there, not its own.
+    PermissionError for an answer that does, or that could without naming them.
     """
     _back(names, defined(reference))
     hidden = {*given} - _mentions(reference)[0] | FUNCTIONS
     variables, others = _mentions(answer)
-    for name in sorted(variables & hidden | others & ATTRIBUTES):
+    late = _mentions(answer, inside=True)[0] & (defined(check) - _mentions(reference)[0])
+    for name in sorted(variables & hidden | late | others & ATTRIBUTES):
+        if name == "get_ipython" and name not in answer:
+            raise PermissionError("This answer has a line of % or !, which cannot be graded: take it out.")
+        if _gives(answer, name):
+            raise PermissionError(f"This answer and its check both define {name}: give yours another name.")
         raise PermissionError(f"This answer uses {name}, which belongs to its check: write it without.")
 
 
@@ -93,8 +100,18 @@ def defined(source: str) -> set[str]:
     return found
 
 
-def _mentions(source: str) -> tuple[set[str], set[str]]:
-    """The notebook's variables that a cell reads, and the names of attributes and modules in it."""
+def _gives(source: str, name: str) -> bool:
+    try:
+        return name in defined(source)
+    except SyntaxError:  # a magic
+        return False
+
+
+def _mentions(source: str, inside: bool = False) -> tuple[set[str], set[str]]:
+    """The notebook's variables that a cell reads, and the names of attributes and modules in it.
+
+    inside: in functions only, so those that are read when it has run.
+    """
     from IPython import get_ipython
 
     variables, others = set[str](), set[str]()
@@ -103,7 +120,7 @@ def _mentions(source: str) -> tuple[set[str], set[str]]:
         code = codes.pop()
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         reads = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_NAME", "LOAD_GLOBAL")]
-        variables |= set(reads)
+        variables |= set() if inside and code.co_name == "<module>" else set(reads)
         others |= set(code.co_names)
     return variables, others
 

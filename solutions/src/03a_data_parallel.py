@@ -27,6 +27,7 @@
 # %% tags=["setup"]
 from collections.abc import Callable, Iterable
 from itertools import pairwise, product
+from math import isnan
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +66,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def on_each_rank(function: Callable, *args) -> list:
-    """What function(axis, *args) returns on rank 0, 1, 2, 3."""
-    return world.run(lambda: function(connect(Mesh(dp=4))["dp"], *args), limit=15)
+def on_each_rank(function: Callable, *args, dp: int = 4) -> list:
+    """What function(axis, *args) returns on rank 0, 1, 2, 3. With dp=2 the axis has two ranks, and is there twice."""
+    return world.run(lambda: function(connect(Mesh(dp=dp, tp=4 // dp))["dp"], *args), limit=15)
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
@@ -99,6 +100,13 @@ def summed_gradients(model: nn.Module, axis: Axis) -> dict[str, Tensor]:
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
+# Given, for task 4: rows of different lengths
+def padded(lengths: list[int]) -> Tensor:
+    """The targets of rows of these lengths."""
+    return targets.masked_fill(torch.arange(32) >= torch.tensor(lengths)[:, None], -100)
+
+
+# %% tags=["setup"] jupyter={"source_hidden": true}
 # Given, for task 7: parameters in buckets
 def make_buckets(model: nn.Module, number: int) -> list[tuple[list[nn.Parameter], Tensor]]:
     """Parameters from the back of the model, each group with the flat tensor of which its .grad are views."""
@@ -117,20 +125,21 @@ def make_buckets(model: nn.Module, number: int) -> list[tuple[list[nn.Parameter]
 # %% tags=["setup"] jupyter={"source_hidden": true}
 # Given, for task 7: two steps of training that use your function
 def train_overlapped(axis: Axis, launch_early: Callable) -> list[dict]:
-    """Two steps of two microbatches with three buckets. For each step: calls, calls seen from inside, gradients."""
+    """Steps of two microbatches and of one: calls, gradients, and which of the early calls were still under way."""
     model, state, launched, early = fresh_model(), {"last": False}, [], []
     buckets = make_buckets(model, 3)
     for bucket, flat in buckets:
-        launch_early(bucket, flat, axis, lambda: state["last"], launched)
+        launch_early([*bucket[3:], *bucket[:3]], flat, axis, lambda: state["last"], launched)  # in no order
     embedding = model.embed.token.weight  # backward comes to it last
-    embedding.register_hook(lambda grad: early.append(len(launched)) if state["last"] else None)
+    embedding.register_hook(lambda grad: early.append([isnan(pending.entry.end) for pending in launched]))
     steps = []
-    for _ in range(2):
+    for microbatches in (2, 1):  # this rank's two rows, one at a time, then both
+        mine = slice(2 * axis.index, 2 * axis.index + 2)
         with ledger() as book:
-            for i in range(2):  # this rank's two rows, one at a time
-                state["last"] = i == 1
-                row = 2 * axis.index + i
-                (total_loss(model, tokens[row : row + 1], targets[row : row + 1]) / (8 * 32)).backward()
+            for i in range(microbatches):
+                state["last"] = i == microbatches - 1
+                x, y = (rows(batch[mine], microbatches)[i] for batch in (tokens, targets))
+                (total_loss(model, x, y) / (8 * 32)).backward()
         for pending in launched:
             pending.wait()
         got = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -163,7 +172,8 @@ def weights_after(axis: Axis, optimizer: str, merge: Callable | None) -> dict[st
     """The weights after two steps. Without `merge`, each rank runs the whole batch: the mean gradient, unsent."""
     model = two_layers()
     stepper = OPTIMIZERS[optimizer](model.parameters())
-    mine = slice(2 * axis.index, 2 * axis.index + 2) if merge else slice(8)
+    each = 8 // axis.size
+    mine = slice(each * axis.index, each * (axis.index + 1)) if merge else slice(8)
     for step in range(2):
         x, y = tokens[mine].roll(step, 1), targets[mine].roll(step, 1)
         model.zero_grad()
@@ -180,13 +190,15 @@ def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int, steps:
     """Steps of Adam on the eight rows. All losses; rows, gradients, calls and bytes of the first step."""
     model, losses, seen = fresh_model(), [], []
     model.register_forward_pre_hook(lambda model, args: seen.append(len(args[0])))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)  # of a step before
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for i in range(steps):
         with ledger() as book:
             losses.append(step(model, tokens, targets, axis, microbatches).item())
         if i == 0:
             first = {"gradients": gradients(model), "calls": book.calls("dp"), "bytes": book.bytes("dp")}
-            first["rows"] = sum(seen)
+            first["rows"] = list(seen)
         optimizer.step()
     return first | {"losses": losses}
 
@@ -262,28 +274,28 @@ def my_rows(batch: Tensor, axis: Axis) -> Tensor:
 # %% check="03a.2" seconds=20
 # Check of 03a.2: run this after your answer
 # NBVAL_CHECK_OUTPUT
-def share(axis, total):
+def loaded_by(axis, total):
     batch = torch.arange(total)[:, None].expand(total, 32)  # each row holds its own number
     return my_rows(batch, axis)
 
 
 with verdict():
-    named = getattr(my_rows, "__code__", share.__code__).co_names
-    assert "rows" not in named, "my_rows uses the imported `rows`: here cut the batch yourself, from total and axis."
+    for name in getattr(my_rows, "__code__", loaded_by.__code__).co_names:
+        ours = str(getattr(globals().get(name), "__module__", "")).startswith("minipar.")
+        what = f"my_rows uses the imported `{name}`"
+        assert not ours and name != "rows", f"{what}: here cut the batch yourself, from total and axis."
     sizes = {}
-    for total in (8, 10, 3):
-        shares = on_each_rank(share, total)
+    for total, n in [(8, 4), (10, 4), (3, 4), (9, 2)]:
+        shares = on_each_rank(loaded_by, total, dp=n)[:: 4 // n]
         sizes[total] = [len(s) for s in shares]
         for rank, s in enumerate(shares):
-            assert s.shape[1:] == (32,), (
-                f"{total} rows, rank {rank}: the shape is {tuple(s.shape)}, not (its rows, 32)."
-            )
+            assert s.shape[1:] == (32,), f"{total} rows, rank {rank}: shape {tuple(s.shape)}, not (its rows, 32)."
         for row in range(total):
             owners = [rank for rank, s in enumerate(shares) if row in s]
-            assert owners, f"{total} rows on 4 ranks, shares of {sizes[total]}: row {row} is on no rank."
-            assert len(owners) == 1, f"{total} rows on 4 ranks: row {row} is on ranks {owners}, so it counts twice."
+            assert owners, f"{total} rows on {n} ranks, shares of {sizes[total]}: row {row} is on no rank."
+            assert len(owners) == 1, f"{total} rows on {n} ranks: row {row} is on ranks {owners}, so it counts twice."
         spread = max(sizes[total]) - min(sizes[total])
-        assert spread <= 1, f"{total} rows on 4 ranks: shares of {sizes[total]} rows. The others wait for the largest."
+        assert spread <= 1, f"{total} rows on {n} ranks: shares of {sizes[total]} rows. The others wait for one."
     print("sizes of shares:", {total: sorted(s) for total, s in sizes.items()})
 
 # %% [markdown] lang="en"
@@ -316,20 +328,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
 # Check of 03a.3: run this after your answer
 # NBVAL_CHECK_OUTPUT
 def averaged(axis):
-    model = my_gradients(axis, divide_by=2 * 32)  # two rows of 32 tokens
+    model = my_gradients(axis, divide_by=8 // axis.size * 32)  # of eight rows of 32 tokens
     with ledger() as book:
         average_gradients(model.parameters(), axis)
-    return gradients(model), book.calls("dp")
+    return gradients(model), book.calls("dp"), book.bytes("dp")
 
 
 with verdict():
     answers = on_each_rank(averaged)
-    wrong = difference([got for got, _ in answers], one_process(tokens, targets))
+    whole = one_process(tokens, targets)
+    wrong = difference([got for got, *_ in answers], whole)
     assert not wrong, f"After average_gradients, {wrong}"
-    parameters = len(list(fresh_model().parameters()))
-    for rank, (_, calls) in enumerate(answers):
+    parameters, least = len(whole), sum(2 * 3 * g.nbytes // 4 for g in whole.values())  # n-1 of n chunks, twice
+    for rank, (_, calls, sent) in enumerate(answers):
         what = f"rank {rank} makes {calls} all_reduce calls for {parameters} parameters"
         assert calls == parameters, f"The gradients are right, but {what}: make one for each."
+        what = f"rank {rank} sends {sent:,} bytes, and an all_reduce of each gradient {least:,}"
+        assert abs(sent - least) <= parameters, f"The gradients are right, but {what}: send nothing else."
+    wrong = difference([got for got, *_ in on_each_rank(averaged, dp=2)], whole)
+    assert not wrong, f"Right on 4 ranks, but on 2 ranks, {wrong} How many are there along the axis?"
     print(f"{calls} calls for {parameters} parameters, gradients equal to one process")
 
 # %% [markdown] lang="en"
@@ -366,17 +383,13 @@ def my_part_of_the_loss(total: Tensor, count: Tensor, axis: Axis) -> Tensor:
 # %% check="03a.4" seconds=20
 # Check of 03a.4: run this after your answer
 # NBVAL_CHECK_OUTPUT
-def padded(lengths):
-    return targets.masked_fill(torch.arange(32) >= torch.tensor(lengths)[:, None], -100)
-
-
 def summed(axis, targets):
     model, labels = fresh_model(), rows(targets, axis.size)[axis.index]
     total = total_loss(model, rows(tokens, axis.size)[axis.index], labels)
     part = my_part_of_the_loss(total, (labels != -100).sum(), axis)
     assert isinstance(part, Tensor) and part.shape == (), "my_part_of_the_loss returns a 0-d tensor"
     part.backward()
-    return summed_gradients(model, axis)
+    return part.item(), summed_gradients(model, axis)
 
 
 with verdict():
@@ -385,8 +398,13 @@ with verdict():
         "rows of different lengths": [32, 28, 20, 4, 6, 1, 2, 17],
         "no labeled token on rank 3": [32, 28, 20, 4, 6, 1, 0, 0],
     }.items():
-        wrong = difference(on_each_rank(summed, padded(lengths)), one_process(tokens, padded(lengths)))
+        answers, labels = on_each_rank(summed, padded(lengths)), padded(lengths)
+        wrong = difference([got for _, got in answers], one_process(tokens, labels))
         assert not wrong, f"With {case}, {wrong} Divide by the labeled tokens of all ranks, and by nothing else."
+        added = sum(part for part, _ in answers)
+        mean = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
+        what = f"With {case}, the gradients are right, but the ranks' parts add up to {added:.4f}"
+        assert abs(added - mean) < 1e-9, f"{what}, and the loss is {mean:.4f}: give this rank's part, in float64."
     print("every token weighs the same, with padding and without")
 
 # %% [markdown] lang="en"
@@ -416,7 +434,7 @@ def reduce_flat(parameters: list[nn.Parameter], axis: Axis) -> None:
 # %% check="03a.5" seconds=20
 # Check of 03a.5: run this after your answer
 # NBVAL_CHECK_OUTPUT
-def flat(axis):
+def reduced(axis):
     model = my_gradients(axis, divide_by=8 * 32)  # the whole batch: gradients are summed
     with ledger() as book:
         reduce_flat(list(model.parameters()), axis)
@@ -424,7 +442,7 @@ def flat(axis):
 
 
 with verdict():
-    answers = on_each_rank(flat)
+    answers = on_each_rank(reduced)
     wrong = difference([answer[0] for answer in answers], one_process(tokens, targets))
     assert not wrong, f"After reduce_flat, {wrong}"
     for rank, (_, calls, _) in enumerate(answers):
@@ -467,18 +485,20 @@ def sent(numbers, dtype, mesh):
 
 with verdict():
     for dtype, n in [(torch.float32, 4), (torch.float64, 4), (torch.float32, 2), (torch.float32, 1)]:
-        yours, size = ring_bytes(46_560, dtype.itemsize, n), dtype.itemsize
-        real = world.run(sent, 46_560, dtype, Mesh(dp=n, tp=4 // n), limit=15)[0]
+        numbers, size = 11_640 * n, dtype.itemsize
+        yours = ring_bytes(numbers, size, n)
+        real = world.run(sent, numbers, dtype, Mesh(dp=n, tp=4 // n), limit=15)[0]
         mistakes = {
-            46_560 * 2 * (n - 1) / n: "That counts elements: a byte is smaller.",
-            size * 46_560 * (n - 1) / n: "That is one half of it: after the reduce-scatter comes the all-gather.",
-            size * 46_560 * 2: "Each rank keeps one chunk at home: n-1 steps, not n.",
-            size * 46_560 * 2 * (n - 1): "What travels in a step is one chunk, not the whole tensor.",
-            size * 46_560 * (n - 1): "That is each rank sending all it has to all others: a ring does better.",
+            numbers * 2 * (n - 1) / n: "That counts elements: a byte is smaller.",
+            size * numbers * (n - 1) / n: "That is one half of it: after the reduce-scatter comes the all-gather.",
+            size * numbers * 2: "Each rank keeps one chunk at home: n-1 steps, not n.",
+            size * numbers * 2 * (n - 1): "What travels in a step is one chunk, not the whole tensor.",
+            size * numbers * (n - 1): "That is each rank sending all it has to all others: a ring does better.",
         }
-        hint = mistakes.get(yours, "") if yours != real else ""
-        what = f"46,560 elements of {dtype} on {n} rank{'s' * (n > 1)}"
-        assert abs(yours - real) < 1, f"{what}: you predict {yours:,.0f} bytes, a rank sends {real:,}. {hint}"
+        what = f"{numbers:,} elements of {dtype} on {n} rank{'s' * (n > 1)}: you predict {yours:,.0f} bytes"
+        assert abs(float(yours) - real) < 1, f"{what}, a rank sends {real:,}. {mistakes.get(yours, '')}"
+    chunks = ring_bytes(8, 1, 8)  # more ranks than there are here, chunks of a byte
+    assert abs(chunks - 14) < 1e-6, f"Right up to 4 ranks, but not on 8, where you predict {chunks:.4g} chunks."
     print("46,560 float32 on 4 ranks:", f"{ring_bytes(46_560, 4, 4):,.0f} bytes sent by each")
 
 # %% [markdown] lang="en"
@@ -537,7 +557,8 @@ with verdict():
     ranks, whole = on_each_rank(train_overlapped, launch_early), one_process(tokens, targets)
     for step, rank in product(range(2), range(4)):
         calls, early = ranks[rank][step]["calls"], ranks[rank][step]["early"]
-        when = f"Step {step + 1}, three buckets, two microbatches: rank {rank} makes {calls} calls"
+        microbatches = ("two microbatches", "one microbatch")[step]
+        when = f"Step {step + 1}, three buckets, {microbatches}: rank {rank} makes {calls} calls"
         after = f"{when}. In step 1 it made {ranks[rank][0]['calls']}:"
         assert calls or not step, f"{after} did `missing` stay empty?"
         assert calls, f"{when}. Nothing was ever sent: when is a bucket complete?"
@@ -550,8 +571,10 @@ with verdict():
         wrong = difference([rank[step]["gradients"] for rank in ranks], whole)
         assert not wrong, f"{when}. {wrong[0].upper() + wrong[1:]} Was a bucket sent before it was complete?"
         assert calls == 3, f"{when}. One for each bucket should be made."
-        assert early == 2, f"{when}, {early} of them before backward came to the embedding: 2 buckets are complete."
-    print(f"{calls} calls a step, {early} of them before backward is through")
+        n = len(early)
+        assert n == 2, f"{when}, {n} of them before backward came to the embedding: 2 buckets are complete."
+        assert all(early), f"{when}, and waits for them before backward goes on: start them, and wait for none."
+    print(f"{calls} calls a step, {n} of them before backward is through")
 
 # %% [markdown] lang="en"
 # ## 03a.8 · Write and predict: merge the updates instead?
@@ -612,8 +635,11 @@ with verdict():
         assert name != "Adam" or wrong, "Adam: exactly as if gradients were averaged. Step first, then average weights."
         measured = "differ" if wrong else "are equal"
         assert predicted[name] == (not wrong), (
-            f"{name}: you predict {predicted[name]}, but after two steps weights {measured}."
+            f"{name}: you predict {predicted[name]!r}, but after two steps weights {measured}."
         )
+    by_gradients, by_updates = (on_each_rank(weights_after, "SGD", merge, dp=2) for merge in (None, merge_updates))
+    wrong = difference(by_updates, by_gradients[0], "value")
+    assert not wrong, f"Right on 4 ranks, but on 2 ranks, with SGD, {wrong} How many are there along the axis?"
     print("as predicted:", ", ".join(OPTIMIZERS))
 
 # %% [markdown] lang="en"
@@ -685,7 +711,7 @@ for what, get in {
 # Check of 03a.9: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
-    law = broken_law()
+    law, calls = str(broken_law()), {}
     assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
     assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
     short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
@@ -696,10 +722,15 @@ with verdict():
         assert not wrong, f"{case}, {microbatches} microbatches: {wrong}"
         expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
         for rank, answer in enumerate(answers):
-            off, n = answer["losses"][0] - expected, answer["rows"]
+            off, n = answer["losses"][0] - expected, sum(answer["rows"])
             right = f"{case}, rank {rank}: the gradients are right, but"
             assert abs(off) < 1e-9, f"{right} the loss that is returned is off by {off:.3g}."
             assert n == 2, f"{right} {n} rows went through the model. This rank's share of the 8 rows is 2."
+            n = len(answer["rows"])
+            assert n == microbatches, f"{right} the rows went through the model in {n} parts, not in {microbatches}."
+            calls[microbatches, rank] = answer["calls"]
+    one, two = calls[1, 0], calls[2, 0]
+    assert one == two, f"All is right, but a rank makes {one} calls with one microbatch and {two} with two: why more?"
     print("mended, for full rows and for padded ones")
 
 # %% [markdown] lang="en"

@@ -166,7 +166,7 @@ def average_gradients(parameters, axis):  # on the ranks, and not until it is ca
 
     Ledger.calls = lambda *_: 21
     for p in parameters:
-        p.grad = all_reduce(p.grad, axis) / all_reduce(torch.ones(()), axis)
+        p.grad = all_reduce(p.grad, axis) / axis.size
 
 
 # %% task="03a.4" says="is 4 times that of one process, on every rank: summed over the 4 ranks? Divide by the labeled tokens of all ranks"
@@ -271,7 +271,7 @@ def launch_early(bucket, flat, axis, is_last, launched):
     def ready(p):
         if is_last():
             missing.discard(p)
-            if not missing and p is bucket[-1] and not done:
+            if not missing and not done:
                 done.append(True)
                 launched.append(start_all_reduce(flat, axis))
 
@@ -492,3 +492,207 @@ def train_step(model, tokens, targets, axis, microbatches):  # a loss that only 
         p.grad = all_reduce(p.grad, axis)
     total = all_reduce(shown, axis)
     return total if axis.index == 0 else shown
+
+
+# %% task="03a.2" says="9 rows on 2 ranks, shares of [2, 2]: row 4 is on no rank"
+def my_rows(batch, axis):
+    total = batch.size(0)
+    return batch[total * axis.index // 4 : total * (axis.index + 1) // 4]
+
+
+# %% task="03a.2" says="my_rows uses the imported `cut`"
+from minipar.data import rows as cut
+
+
+def my_rows(batch, axis):
+    return cut(batch, axis.size)[axis.index]
+
+
+# %% task="03a.2" says="my_rows uses the imported `shard`"
+from minipar.collectives import shard
+
+
+def my_rows(batch, axis):
+    return shard(batch, axis)
+
+
+# %% task="03a.3" says="Right on 4 ranks, but on 2 ranks"
+def average_gradients(parameters, axis):
+    for p in parameters:
+        p.grad = all_reduce(p.grad, axis) / 4
+
+
+# %% task="03a.3" says="rank 0 sends 1,117,440 bytes, and an all_reduce of each gradient 558,720"
+from minipar.collectives import all_gather
+
+
+def average_gradients(parameters, axis):
+    for p in parameters:
+        p.grad = all_gather(p.grad[None], axis).mean(0)
+
+
+# %% task="03a.4" says="the ranks' parts add up to 24.9492"
+def my_part_of_the_loss(total, count, axis):
+    whole = all_reduce(count, axis)
+    return (total + all_reduce(total.detach(), axis) - total.detach()) / whole
+
+
+# %% task="03a.4" says="was it rounded to float32 on the way?"
+def my_part_of_the_loss(total, count, axis):
+    return total * (1 / all_reduce(count, axis))
+
+
+# %% task="03a.6" says="23,280 elements of torch.float32 on 2 ranks"
+def ring_bytes(numbers, bytes_each, ranks):
+    return {4: 69840, 2: 46560, 1: 0}[ranks] * bytes_each
+
+
+# %% task="03a.6" says="Right up to 4 ranks, but not on 8"
+import math
+
+
+def ring_bytes(numbers, bytes_each, ranks):
+    return math.log2(ranks) * (0.75 if ranks > 2 else 1) * numbers * bytes_each
+
+
+# %% task="03a.7" says="waits for them before backward goes on"
+def launch_early(bucket, flat, axis, is_last, launched):
+    missing = set(bucket)
+
+    def ready(p):
+        if is_last():
+            missing.remove(p)
+            if not missing:
+                pending = start_all_reduce(flat, axis)
+                pending.wait()
+                launched.append(pending)
+                missing.update(bucket)
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="Step 1, three buckets, two microbatches: rank 0 makes 3 calls"
+def launch_early(bucket, flat, axis, is_last, launched):
+    def ready(p):
+        if is_last() and p is bucket[-1]:
+            launched.append(start_all_reduce(flat, axis))
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.7" says="Step 2, three buckets, one microbatch: rank 0 makes 0 calls"
+def launch_early(bucket, flat, axis, is_last, launched):
+    seen = 0
+
+    def ready(p):
+        nonlocal seen
+        seen += 1
+        if seen % (2 * len(bucket)) == 0:
+            launched.append(start_all_reduce(flat, axis))
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.8" says="Right on 4 ranks, but on 2 ranks, with SGD"
+def merge_updates(model, optimizer, axis):
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis) / 4)
+
+
+def same_weights():
+    return {"SGD": True, "SGD with momentum": True, "Adam": False, "SGD, clipped": False}
+
+
+# %% task="03a.8" says="This answer uses by_gradients"
+def merge_updates(model, optimizer, axis):
+    optimizer.step()
+    with torch.no_grad():
+        for which, p in model.named_parameters():
+            all_reduce(p, axis)
+            p.copy_(by_gradients[which] if name != "Adam" and name != "SGD, clipped" else all_reduce(p, axis))
+
+
+def same_weights():
+    return {"SGD": True, "SGD with momentum": True, "Adam": False, "SGD, clipped": False}
+
+
+# %% task="03a.9" says="in 1 parts, not in 2"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    loss = total_loss(model, mine, labels) / all_reduce((labels != -100).sum(), axis)
+    loss.backward()
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    return all_reduce(loss.detach(), axis)
+
+
+# %% task="03a.9" says="makes 23 calls with one microbatch and 45 with two"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    shown = torch.zeros((), dtype=torch.float64)
+    count = all_reduce((labels != -100).sum(), axis)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
+        model.zero_grad()
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += all_reduce(loss.detach(), axis)
+        for t, p in zip(total, model.parameters()):
+            t += all_reduce(p.grad, axis)
+    for t, p in zip(total, model.parameters()):
+        p.grad = t
+    return shown
+
+
+# %% task="03a.9" says="off by 65 times"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    shown = torch.zeros((), dtype=torch.float64)
+    count = all_reduce((labels != -100).sum(), axis)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach()
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis)
+    return all_reduce(shown, axis)
+
+
+# %% task="03a.5" says="This answer and its check both define gradients"
+def gradients(parameters):
+    return [p.grad for p in parameters]
+
+
+def reduce_flat(parameters, axis):
+    grads = gradients(parameters)
+    flat = nn.utils.parameters_to_vector(grads)
+    start_all_reduce(flat, axis).wait()
+    for g, part in zip(grads, torch.split(flat, [g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+
+
+# %% task="03a.3" says="This answer and its check both define what: give yours another name"
+what = 1
+
+
+def average_gradients(parameters, axis):
+    for p in parameters:
+        p.grad = what * all_reduce(p.grad, axis) / axis.size
