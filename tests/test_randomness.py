@@ -219,6 +219,17 @@ def test_every_layout_drops_the_same(world4, world8, recompute):
                 assert differences(got[1], wanted) == "", layout
 
 
+def test_a_layer_that_is_used_twice_draws_twice(world2):
+    def masks():
+        parallel = parallelize(model_of(Config(**SHAPE)), Mesh(tp=2))
+        masks = watch(parallel)
+        parallel.step(*batch_of(Config(**SHAPE), 9, 8))
+        return of(masks, "blocks.0.dropout")  # behind attention, and behind the MLP
+
+    first, second = world2.run(masks)
+    assert first == second and len(first) == 2 and distinct(first)
+
+
 def test_rows_of_ones_own_are_dropped_as_the_global_batch_would_be(world2):
     def gradients(local):
         parallel = build(mesh=Mesh(dp=2))
