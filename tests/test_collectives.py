@@ -570,8 +570,11 @@ def test_the_loopback_sees_what_the_ledger_books(world4, op):
         {"mesh": Mesh(dp=2, tp=2), "sequence_parallel": True},
         {"mesh": Mesh(dp=2, pp=2), "microbatches": 4},
         {"mesh": Mesh(pp=4), "microbatches": 2},
+        {"mesh": Mesh(dp=4), "zero": 3, "microbatches": 2},
+        {"mesh": Mesh(cp=4)},
+        {"mesh": Mesh(dp=2, cp=2), "zero": 2, "microbatches": 2},
     ],
-    ids=lambda layout: str(layout["mesh"]) + " sequence" * ("sequence_parallel" in layout),
+    ids=lambda layout: " ".join([str(layout["mesh"]), *(layout.keys() - {"mesh", "microbatches"})]),
 )
 def test_the_loopback_sees_what_the_ledger_books_for_a_step(world4, layout):
     def work():
