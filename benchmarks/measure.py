@@ -26,6 +26,9 @@ class Row:
     peer_name: str = ""
     floor: list[float] | None = None
     unwatched: list[float] | None = None  # minipar in a World that does not watch
+    memory: int | None = None  # bytes at the peak of a step
+    peer_memory: int | None = None
+    note: str = ""
     most_ratio: float | None = None  # the mark, for the ratio ...
     most_seconds: float | None = None  # ... or for minipar itself
 
@@ -58,6 +61,9 @@ class Row:
             **_ratio("unwatched_", self.unwatched, self.peer),
             "floor": _median(self.floor),
             **_ratio("floor_", self.floor, self.peer),
+            "memory": self.memory,
+            "peer_memory": self.peer_memory,
+            "note": self.note or None,
             "mark_ratio": self.most_ratio,
             "mark_seconds": self.most_seconds,
             "met": self.met,
@@ -82,7 +88,7 @@ def _ratio(prefix: str, some: list[float] | None, others: list[float] | None) ->
 
 # -- the table -----------------------------------------------------------------------------------------------------
 
-HEAD = ["", "minipar", "peer", "ratio (95 %)", "mark", "met", "unwatched", "floor"]
+HEAD = ["", "minipar", "peer", "ratio (95 %)", "mark", "met", "unwatched", "floor", "memory", "peer's"]
 
 
 def table(results: list[dict]) -> str:
@@ -106,7 +112,8 @@ def _cells(r: dict) -> list[str]:
         mark,
         {True: "yes", False: "no", None: ""}[r["met"]],
         _with_interval(r["unwatched_ratio"], r["unwatched_interval"]),
-        _with_interval(r["floor_ratio"], r["floor_interval"]),
+        _with_interval(r["floor_ratio"], r["floor_interval"]) or (seconds(r["floor"]) if r["floor"] else ""),
+        *(f"{r[key] / 2**20:.0f} MiB" if r[key] else "" for key in ("memory", "peer_memory")),
     ]
 
 

@@ -57,48 +57,65 @@ class Bench:
         for world in self.worlds.values():
             world.close()
 
-    def make(self, comparison: str) -> None:
-        """Build all sides of a comparison, and hold their gradients against those of one process."""
-        expected = sides.alone(self.setting)
-        for world, side in self.places(comparison):
-            answers = self.worlds[world].run(sides.make, comparison, side, self.setting)
+    def make(self, comparison: str) -> tuple[list[tuple[str, str]], str]:
+        """Build all sides of a comparison, and hold their gradients against those of one process.
+
+        Returns where there are which, (world, side), and what torch says of a peer that does not run: torch's own ways
+        and the floor are unwatched, minipar is there both ways.
+        """
+        setting, places, note = self.of(comparison), [], ""
+        expected = sides.alone(setting)
+        for world, side in [("watched", "minipar"), *(("plain", side) for side in sides.COMPARISONS[comparison].sides)]:
+            answers = self.worlds[world].run(sides.make, comparison, side, setting)
+            if isinstance(answers[0], str):
+                note = f"{side}: {answers[0]}"
+                continue
             if side != "floor":
                 agree(f"{comparison}, {side}", {k: g for answer in answers for k, g in answer.items()}, expected)
+            places.append((world, side))
+        return places, note
 
-    def places(self, comparison: str) -> list[tuple[str, str]]:
-        """(world, side): torch's own ways and the floor run unwatched, minipar both ways."""
-        return [("watched", "minipar"), *(("plain", side) for side in sides.COMPARISONS[comparison].sides)]
+    def of(self, comparison: str) -> sides.Setting:
+        return self.setting.long() if sides.COMPARISONS[comparison].long else self.setting
 
     def compare(self, comparison: str, pairs: int) -> Row:
         """In each round every side makes one step, in random order."""
-        self.make(comparison)
-        c, places, order = sides.COMPARISONS[comparison], self.places(comparison), random.Random(0)
-        took: dict[tuple[str, str], list[float]] = {place: [] for place in places}
+        (places, note), order = self.make(comparison), random.Random(0)
+        c, took = sides.COMPARISONS[comparison], {place: list[float]() for place in places}
         for _ in range(pairs):
             for world, side in order.sample(places, len(places)):
                 begins, ends = zip(*self.worlds[world].run(sides.time_step, comparison, side), strict=True)
                 took[world, side].append(max(ends) - min(begins))
-        peer = min(c.peers, key=lambda name: sorted(took["plain", name])[pairs // 2])
+        there = [name for name in c.peers if ("plain", name) in took]
+        peer = min(there, key=lambda name: sorted(took["plain", name])[pairs // 2], default="")
         return Row(
             comparison,
             c.what,
             took["watched", "minipar"],
-            took["plain", peer],
+            took.get(("plain", peer)),
             peer,
             took["plain", "floor"],
             took["plain", "minipar"],
+            self.memory(comparison, "minipar"),
+            self.memory(comparison, peer) if peer else None,
+            note,
             most_ratio=c.mark,
         )
 
+    def memory(self, comparison: str, side: str) -> int:
+        """The peak of a step, in bytes, on the rank that takes most. In ranks of their own: nothing is timed here."""
+        with World(sides.RANKS, watch=False) as world:
+            return max(world.run(sides.peak_memory, comparison, side, self.of(comparison)))
+
     def profile(self, comparison: str, steps: int) -> None:
         """Print where a step's time goes, on each rank and for each side."""
-        self.make(comparison)
+        places, _ = self.make(comparison)
         print(f"\n{comparison}: milliseconds, medians of {steps} steps")
-        for world, side in self.places(comparison):
+        for world, side in places:
             for rank, parts in enumerate(self.worlds[world].run(sides.where, comparison, side, steps)):
                 numbers = "  ".join(f"{part} {1e3 * s:7.1f}" for part, s in parts.items())
                 print(f"{side + (' (watched)' if world == 'watched' else ''):<24} rank {rank}  {numbers}")
-        for side in sides.COMPARISONS[comparison].sides:
+        for side in [side for world, side in places if world == "plain"]:
             print(f"\n{comparison}, {side}, rank 0, one step:")
             print(self.worlds["plain"].run(sides.operators, comparison, side)[0])
 
@@ -158,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
                 bench.profile(name, options.pairs)
         return 0
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # for ranks: else torch's profiler says when it begins and ends
     measure = sections(options.pairs, setting)
     print(machine(), flush=True)
     rows = []

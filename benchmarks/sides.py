@@ -6,16 +6,27 @@ A side is minipar, a form of torch's own, or a floor: a rank's share of the work
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -40,6 +51,11 @@ class Setting:
     rows: int = 16
     microbatches: int = 8
 
+    def long(self) -> "Setting":
+        """As many tokens, in a row for each rank: attention over long sequences."""
+        context = self.config.context * self.rows // RANKS
+        return replace(self, config=replace(self.config, context=context), rows=RANKS)
+
     def model(self) -> minipar.model.GPT:
         """The same weights on every call and every rank."""
         torch.manual_seed(0)
@@ -52,7 +68,7 @@ class Setting:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-SMALL = Setting(Config(vocab=32, context=16, depth=2, width=32, heads=4), rows=8, microbatches=4)
+SMALL = Setting(Config(vocab=32, context=16, depth=4, width=32, heads=4), rows=8, microbatches=4)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -83,9 +99,13 @@ class Side:
         self.optimizer.zero_grad()
 
 
-def _plain(backward: Callable[[], object], module: nn.Module) -> Side:
-    named = list(module.named_parameters())
-    return Side(backward, named, lambda: {name: p.grad for name, p in named})
+def _plain(backward: Callable[[], object], *modules: nn.Module) -> Side:
+    named = [pair for module in modules for pair in module.named_parameters()]
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in named}
+
+    return Side(backward, named, gradients)
 
 
 # -- minipar -------------------------------------------------------------------------------------------------------
@@ -99,6 +119,11 @@ def ours(setting: Setting, mesh: Mesh, **options) -> Side:
 
 def our_pipeline(setting: Setting, schedule: minipar.schedule.Scheduler) -> Side:
     return ours(setting, Mesh(pp=RANKS), schedule=schedule, microbatches=setting.microbatches)
+
+
+def our_backward(setting: Setting, schedule: minipar.schedule.Scheduler) -> Side:
+    """No pipeline: one stage on each rank, whose backward is whole or split as the schedule says."""
+    return ours(setting, Mesh(dp=RANKS), schedule=schedule, microbatches=setting.microbatches // RANKS)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -118,6 +143,45 @@ def ddp(setting: Setting, **options) -> Side:
 def data_floor(setting: Setting) -> Side:
     model, (tokens, targets) = setting.model(), _own_rows(setting)
     return _plain(lambda: mean_loss(model(tokens), targets).backward(), model)
+
+
+def fsdp(setting: Setting) -> Side:
+    """torch's ZeRO-3: each block is a unit, and what is left the last; resharded behind its forward, as by default."""
+    model, mesh = setting.model(), init_device_mesh("cpu", (RANKS,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    tokens, targets = _own_rows(setting)
+    return _plain(lambda: mean_loss(model(tokens), targets).backward(), model)
+
+
+# -- context -------------------------------------------------------------------------------------------------------
+
+
+class OnPositions(nn.Module):
+    """The model on some tokens of a sequence. They do not stand side by side, so their positions are given."""
+
+    def __init__(self, model: minipar.model.GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:  # (B, T/n), (T/n,) -> (B, T/n, vocab)
+        x = self.model.embed.token(tokens) + self.model.embed.position(positions)
+        for block in self.model.blocks:
+            x = block(x)
+        return self.model.head(self.model.norm(x))
+
+
+def torch_context(setting: Setting) -> Side:
+    """torch's context parallelism: it cuts the batch and the positions, and replaces attention."""
+    module, mesh = setting.model(), init_device_mesh("cpu", (RANKS,))
+    model = DistributedDataParallel(OnPositions(module), gradient_as_bucket_view=True)
+    (tokens, targets), positions = setting.batch(), torch.arange(setting.config.context)
+
+    def backward() -> None:
+        with context_parallel(mesh, buffers=[tokens, targets, positions], buffer_seq_dims=[1, 1, 0]):
+            mean_loss(model(tokens, positions), targets).backward()
+
+    return _plain(backward, module)
 
 
 # -- tensor --------------------------------------------------------------------------------------------------------
@@ -146,16 +210,12 @@ def dtensor(setting: Setting, sharded_loss: bool = False, together: bool = True)
             )
     parallelize_module(model, mesh, plan)
     tokens, targets = setting.batch()
-    named = list(model.named_parameters())
 
     def backward() -> None:
         with loss_parallel() if sharded_loss else contextlib.nullcontext():
             mean_loss(model(tokens), targets).backward()
 
-    def gradients() -> dict[str, Tensor]:
-        return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in named}
-
-    return Side(backward, named, gradients)
+    return _plain(backward, model)
 
 
 def tensor_floor(setting: Setting) -> Side:
@@ -180,13 +240,30 @@ def tensor_floor(setting: Setting) -> Side:
 # -- pipeline ------------------------------------------------------------------------------------------------------
 
 
-class Half(nn.Module):
+Layout = Callable[[int], list[int]]  # the stages of a rank
+
+
+def one_each(rank: int) -> list[int]:
+    return [rank]
+
+
+def around(rank: int) -> list[int]:
+    """Two chunks a rank, interleaved."""
+    return [rank, rank + RANKS]
+
+
+def folded(rank: int) -> list[int]:
+    """Two chunks a rank, down and up again: a V."""
+    return [rank, 2 * RANKS - 1 - rank]
+
+
+class Part(nn.Module):
     """A stage as a user of torch's pipelining writes it: some of the layers, under the names of the whole model."""
 
-    def __init__(self, model: minipar.model.GPT, stage: int) -> None:
+    def __init__(self, model: minipar.model.GPT, stage: int, stages: int) -> None:
         super().__init__()
-        depth, first, last = len(model.blocks), stage == 0, stage == RANKS - 1
-        mine = range(depth * stage // RANKS, depth * (stage + 1) // RANKS)
+        depth, first, last = len(model.blocks), stage == 0, stage == stages - 1
+        mine = range(depth * stage // stages, depth * (stage + 1) // stages)
         self.embed = model.embed if first else None
         self.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in mine})
         self.norm, self.head = (model.norm, model.head) if last else (None, None)
@@ -198,30 +275,42 @@ class Half(nn.Module):
         return self.head(self.norm(x)) if self.head else x
 
 
-def torch_pipeline(setting: Setting, schedule: type[Schedule1F1B] | type[ScheduleGPipe]) -> Side:
-    rank, module = dist.get_rank(), Half(setting.model(), dist.get_rank())
-    stage = PipelineStage(module, rank, RANKS, torch.device("cpu"))
-    runner = schedule(stage, n_microbatches=setting.microbatches, loss_fn=mean_loss)
+def _parts(setting: Setting, layout: Layout) -> dict[int, Part]:
+    """This rank's stages."""
+    model, mine = setting.model(), layout(dist.get_rank())
+    return {stage: Part(model, stage, len(mine) * RANKS) for stage in mine}
+
+
+def torch_pipeline(
+    setting: Setting, schedule: type[PipelineScheduleSingle] | type[PipelineScheduleMulti], layout: Layout = one_each
+) -> Side:
+    parts = _parts(setting, layout)
+    count = len(parts) * RANKS
+    stages = [PipelineStage(part, stage, count, torch.device("cpu")) for stage, part in parts.items()]
+    several = issubclass(schedule, PipelineScheduleMulti)
+    runner = schedule(stages if several else stages[0], n_microbatches=setting.microbatches, loss_fn=mean_loss)
     tokens, targets = setting.batch()
-    arguments = [tokens] if rank == 0 else []
-    given = {"target": targets, "losses": []} if rank == RANKS - 1 else {}
-    return _plain(lambda: runner.step(*arguments, **given, return_outputs=False), module)
+    arguments = [tokens] if 0 in parts else []
+    given = {"target": targets, "losses": []} if count - 1 in parts else {}
+    return _plain(lambda: runner.step(*arguments, **given, return_outputs=False), *parts.values())
 
 
-def pipeline_floor(setting: Setting) -> Side:
+def pipeline_floor(setting: Setting, layout: Layout = one_each) -> Side:
     """This rank's layers on every microbatch, one after the other. What stands idle in a pipeline is not in it."""
-    rank, model, c = dist.get_rank(), Half(setting.model(), dist.get_rank()), setting.config
+    parts, c = _parts(setting, layout).values(), setting.config
     tokens, targets = (x.chunk(setting.microbatches) for x in setting.batch())
     state = torch.randn(len(tokens[0]), c.context, c.width)
 
     def backward() -> None:
         for x, y in zip(tokens, targets, strict=True):
-            if rank == RANKS - 1:
-                (mean_loss(model(state.clone().requires_grad_()), y) / setting.microbatches).backward()
-            else:
-                model(x).backward(state)
+            for part in parts:
+                out = part(x if part.embed else state.clone().requires_grad_())
+                if part.head:
+                    (mean_loss(out, y) / setting.microbatches).backward()
+                else:
+                    out.backward(state)
 
-    return _plain(backward, model)
+    return _plain(backward, *parts)
 
 
 # -- what is compared ----------------------------------------------------------------------------------------------
@@ -238,6 +327,7 @@ class Comparison:
     peers: dict[str, Maker]
     floor: Maker
     mark: float | None = None  # the most that the ratio may be
+    long: bool = False  # in long sequences
 
     @property
     def sides(self) -> dict[str, Maker]:
@@ -278,6 +368,46 @@ COMPARISONS = {
         {"ScheduleGPipe": partial(torch_pipeline, schedule=ScheduleGPipe)},
         pipeline_floor,
     ),
+    "interleaved": Comparison(
+        "pipeline step, interleaved",
+        partial(our_pipeline, schedule=minipar.interleaved),
+        {"ScheduleInterleaved1F1B": partial(torch_pipeline, schedule=ScheduleInterleaved1F1B, layout=around)},
+        partial(pipeline_floor, layout=around),
+        mark=0.97,
+    ),
+    "zero-bubble": Comparison(
+        "pipeline step, zero bubble",
+        partial(our_pipeline, schedule=minipar.zero_bubble_v),
+        {
+            "ScheduleZBVZeroBubble": partial(torch_pipeline, schedule=ScheduleZBVZeroBubble, layout=folded),
+            "ScheduleInterleavedZeroBubble": partial(
+                torch_pipeline, schedule=ScheduleInterleavedZeroBubble, layout=around
+            ),
+        },
+        partial(pipeline_floor, layout=folded),
+        mark=0.97,
+    ),
+    "split": Comparison(
+        "step with split backwards",
+        partial(our_backward, schedule=minipar.zero_bubble_h1),
+        {"whole backwards": partial(our_backward, schedule=minipar.one_f_one_b)},
+        data_floor,
+        mark=1.05,
+    ),
+    "zero3": Comparison(
+        "ZeRO-3 step",
+        partial(ours, mesh=Mesh(dp=RANKS), zero=3),
+        {"FSDP2": fsdp},
+        data_floor,
+        mark=0.92,
+    ),
+    "ring": Comparison(
+        "context parallel step, ring attention",
+        partial(ours, mesh=Mesh(cp=RANKS)),
+        {"context_parallel": torch_context},
+        data_floor,  # half of the rows: as many tokens, and as much attention, as half of every row in zigzag shares
+        long=True,
+    ),
 }
 
 # -- what the driver asks of a rank --------------------------------------------------------------------------------
@@ -285,11 +415,16 @@ COMPARISONS = {
 _made: dict[tuple[str, str], Side] = {}  # (comparison, side), kept from one run to the next
 
 
-def make(comparison: str, side: str, setting: Setting) -> dict[str, Tensor]:
-    """Build a side and warm it up. Returns its gradients, before the first update."""
+def make(comparison: str, side: str, setting: Setting) -> dict[str, Tensor] | str:
+    """Build a side and warm it up. Returns its gradients, before the first update, or torch's words if torch has
+    nothing that does this on a CPU."""
     torch.set_num_threads(1)
-    made = _made[comparison, side] = COMPARISONS[comparison].sides[side](setting)
-    made.backward()
+    made = COMPARISONS[comparison].sides[side](setting)
+    try:
+        made.backward()
+    except NotImplementedError as missing:
+        return str(missing)
+    _made[comparison, side] = made
     gradients = {name: g.clone() for name, g in made.gradients().items()}
     made.optimizer.zero_grad()
     for _ in range(2):
@@ -304,6 +439,22 @@ def time_step(comparison: str, side: str) -> tuple[float, float]:
     start = time.perf_counter()
     made.step()
     return start, time.perf_counter()
+
+
+def peak_memory(comparison: str, side: str, setting: Setting) -> int:
+    """The most bytes that this rank's tensors take during a step, with all that stays from one step to the next.
+
+    They are counted by torch's profiler, at every allocation from the side's making on: exact, and the same for
+    everybody. What is not a tensor (gloo's own buffers, Python's objects) is not counted, for anybody.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        made = COMPARISONS[comparison].sides[side](setting)
+        made.step()
+        begin = time.time_ns()
+        made.step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    totals = accumulate(size for _, size in changes)
+    return max(total for (when, _), total in zip(changes, totals, strict=True) if when >= begin)
 
 
 def alone(setting: Setting) -> dict[str, Tensor]:
