@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
                 bench.profile(name, options.pairs)
         return 0
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # for ranks: else torch's profiler says when it begins and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the ranks' profiler says when it begins and ends
     measure = sections(options.pairs, setting)
     print(machine(), flush=True)
     rows = []

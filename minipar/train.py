@@ -362,12 +362,13 @@ class Parallel:
             """The block that has this parameter for itself, else ""."""
             return next((b for b in blocks if all(n.startswith(f"{b}.") for n in names[parameter])), "")
 
-        groups: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
+        groups: dict[tuple, dict[str, nn.Parameter]] = {}
         filled = 0
         for name, p in reversed(own.items()):
             several = name if len(self.homes[name]) > 1 else ""
             part = block_of(p) if self.zero == 3 else filled // data.BUCKET
-            groups[several, part, p.dtype][name] = p
+            key = several, part, p.dtype
+            groups[key] = groups.pop(key, {}) | {name: p}  # in the order in which backward is through with them
             filled += p.nbytes
         units = {}
         for key, some in groups.items():

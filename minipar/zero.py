@@ -177,6 +177,7 @@ class Shares:
         self.gradients_stay = all(unit.gradients_stay for unit in self.units)
         inside = {id(unit) for _, some in blocks for unit in some}
         self.outside = [unit for unit in self.units if id(unit) not in inside]
+        self.first, self.last = (blocks[0][1], blocks[-1][1]) if blocks else ([], [])
         for place, (block, some) in enumerate(blocks):
             before = blocks[place - 1][1] if place else []
             behind = blocks[place + 1][1] if place + 1 < len(blocks) else []
@@ -211,6 +212,8 @@ class Shares:
             self._start()  # in order, so that all ranks start the same one
 
     def _start(self) -> None:
+        for unit in self.units[max(self.started - 2, 0) : max(self.started - 1, 0)]:
+            unit.finish_reduce()  # it has had the time of a unit's backward, and its whole gradients can go
         if self.units[self.started].trained:
             self.units[self.started].start_reduce()
         self.started += 1
@@ -241,8 +244,10 @@ class Shares:
             unit.free()  # until they change
 
     def prepare(self, op: Op) -> None:
-        """Before an action of this stage: what is outside of the blocks is needed throughout."""
+        """Before an action of this stage: what is outside of the blocks is needed throughout, and then a block."""
         if op != Op.W:
+            for unit in [*self.outside, *(self.first if op == Op.F else self.last)]:
+                unit.start_gather()
             for unit in self.outside:
                 unit.gather()
         if op == Op.B and not self.gradients_stay:
