@@ -117,25 +117,19 @@ def ring_attention(
     if not q.size(2) == k.size(2) == v.size(2):
         raise ValueError(f"shares of q, k, v have lengths {q.size(2)}, {k.size(2)}, {v.size(2)}: they must be equal")
     _check_length(q.size(2) * axis.size, axis.size, axis.name)
-    grouped = q.unflatten(1, (kv_heads, -1))
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    return _RingAttention.apply(grouped, k.unsqueeze(2), v.unsqueeze(2), axis, is_causal, scale).flatten(1, 2)
+    return _RingAttention.apply(q, k, v, axis, is_causal, q.size(-1) ** -0.5 if scale is None else scale)
 
 
 class _RingAttention(torch.autograd.Function):
-    """q (B, kv heads, heads per kv head, T/n, head_dim); k and v (B, kv heads, 1, T/n, head_dim).
-
-    What is computed is in float32 or wider; what travels keeps its dtype.
-    """
+    """What is computed is in float32 or wider; what travels keeps its dtype."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, is_causal: bool, scale: float) -> Tensor:
         ctx.axis, ctx.is_causal, ctx.scale = axis, is_causal, scale
-        wide = _wide(q)
-        out = wide.new_zeros(*q.shape[:-1], v.size(-1))
-        lse = wide.new_full((*q.shape[:-1], 1), -torch.inf)
-        for block in _blocks(k, v, axis, is_causal):
-            _attend(out[block.rows], lse[block.rows], block.scores(wide, scale), block.v)
+        wide, blocks = _wide(q), _blocks(k, v, axis, is_causal)
+        out, lse = _attend(wide, next(blocks), scale)
+        for block in blocks:
+            _merge(out[block.rows], lse[block.rows], *_attend(wide[block.rows], block, scale))
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -144,16 +138,14 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (q, k, v, out, lse), axis, scale = ctx.saved_tensors, ctx.axis, ctx.scale
-        wide, d_out = _wide(q), _wide(gradients[0])
-        delta = (d_out * out).sum(-1, keepdim=True)
+        wide, out, d_out = _wide(q), _wide(out), _wide(gradients[0])
         d_q, d_own, coming = torch.zeros_like(wide), torch.empty(0), None
         for block in _blocks(k, v, axis, ctx.is_causal):
             rows = block.rows
-            p = (block.scores(wide, scale) - lse[rows]).exp_()
-            d_rows, d_pair = _gradients(p, wide[rows], block, d_out[rows], delta[rows], scale)
+            d_rows, d_k, d_v = _gradients(d_out[rows], wide[rows], block, out[rows], lse[rows], scale)
             d_q[rows] += d_rows
             d_block = k.new_zeros(block.pair.shape)
-            d_block[block.columns] = d_pair.to(k.dtype)
+            d_block[block.columns] = torch.cat([d_k, d_v], -1).to(k.dtype)
             # What a block's own rank has for it stays at home. The others' goes after the block, a step behind it: what
             # this rank adds to is what its left neighbor had in the step before. It ends where it belongs.
             if block.own:
@@ -183,14 +175,6 @@ class _Block:
     def v(self) -> Tensor:
         return self.pair[self.columns][..., self.width :]
 
-    def scores(self, q: Tensor, scale: float) -> Tensor:
-        """(..., T/n, head_dim) -> (..., rows, columns)"""
-        scores = q[self.rows] @ self.k.mT * scale
-        if self.masked:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            scores.masked_fill_(future, -torch.inf)
-        return scores
-
 
 def _blocks(k: Tensor, v: Tensor, axis: Axis, is_causal: bool) -> Iterator[_Block]:
     """All shares of k and v, this rank's own first, then those to its left. The next travels while one is in use."""
@@ -209,7 +193,8 @@ def _visible(mine: int, other: int, length: int) -> tuple[Any, Any]:
     Early chunks lie in the order of the ranks and before all late ones, which lie in the opposite order. So of two
     shares half is visible, wholly: every rank has the same work in every step, and there is no mask but in its own.
     """
-    early, late = (..., slice(length // 2), slice(None)), (..., slice(length // 2, None), slice(None))
+    all_heads = slice(None), slice(None)
+    early, late = (*all_heads, slice(length // 2)), (*all_heads, slice(length // 2, None))
     if other == mine:
         return ..., ...
     return (..., early) if other < mine else (late, ...)
@@ -228,28 +213,62 @@ class _Shift:
         return self.incoming.wait()
 
 
-def _attend(out: Tensor, lse: Tensor, scores: Tensor, v: Tensor) -> None:
-    """Let queries attend to more keys, in place: softmax online (Milakov and Gimelshein 2018).
+def _attend(q: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of one block alone: (B, heads, queries, head_dim), and the logarithm of the sum of the
+    exponentials of each query's scores, (B, heads, queries)."""
+    if _fused(q, block):
+        return KERNEL(q, block.k, block.v, 0.0, block.masked, scale=scale)
+    scores = _scores(q, block, scale)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp_() @ _for_heads(block.v, q), lse
 
-    out (..., queries, head_dim): the result over the keys so far, lse (..., queries, 1): the logarithm of the sum of
-    their exponentials. scores (..., queries, keys) and v (..., keys, head_dim) are those of the new ones.
-    """
-    total = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
-    out.mul_((lse - total).exp()).add_((scores - total).exp_() @ v)
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Let queries that attended to some keys attend to more, in place: softmax online (Milakov and Gimelshein 2018)."""
+    total = torch.logaddexp(lse, more_lse)
+    out.mul_((lse - total).exp_()[..., None]).add_(more * (more_lse - total).exp_()[..., None])
     lse.copy_(total)
 
 
 def _gradients(
-    p: Tensor, q: Tensor, block: _Block, d_out: Tensor, delta: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Those of q and of the block's k and v side by side, by probabilities p (..., queries, keys) computed again.
+    d_out: Tensor, q: Tensor, block: _Block, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q and of the block's k and v, by probabilities P computed again. out and lse are over all keys.
 
-    dV = Pᵀ dO, dP = dO Vᵀ, dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q; rowsum(dO * O) is `delta`
+    dV = Pᵀ dO, dP = dO Vᵀ, dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q
     (Dao et al. 2022, FlashAttention, appendix B.2).
     """
-    d_scores = p * (d_out @ block.v.mT - delta) * scale
-    d_pair = torch.cat([d_scores.mT @ q, p.mT @ d_out], -1)
-    return d_scores @ block.k, d_pair.sum(2, keepdim=True)  # heads that share a kv head add up
+    if _fused(q, block):
+        return KERNEL_BACKWARD(d_out, q, block.k, block.v, out, lse, 0.0, block.masked, scale=scale)
+    k, v = _for_heads(block.k, q), _for_heads(block.v, q)
+    p = (_scores(q, block, scale) - lse[..., None]).exp_()
+    d_scores = p * (d_out @ v.mT - (d_out * out).sum(-1, keepdim=True)) * scale
+    d_k, d_v = ((x.unflatten(1, (block.k.size(1), -1)).sum(2)) for x in (d_scores.mT @ q, p.mT @ d_out))
+    return d_scores @ k, d_k, d_v
+
+
+# torch's own attention on the CPU, which F.scaled_dot_product_attention calls, with the logarithms that it leaves out.
+# It never has the scores in memory. Elsewhere they are computed by the formulas.
+KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _fused(q: Tensor, block: _Block) -> bool:
+    return q.device.type == "cpu" and block.k.shape == block.v.shape
+
+
+def _scores(q: Tensor, block: _Block, scale: float) -> Tensor:
+    """(B, heads, queries, keys)"""
+    scores = q @ _for_heads(block.k, q).mT * scale
+    if block.masked:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(future, -torch.inf)
+    return scores
+
+
+def _for_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Neighboring heads share one of k or v: (B, kv heads, ...) -> (B, heads, ...)"""
+    return x.repeat_interleave(q.size(1) // x.size(1), 1)
 
 
 def _wide(x: Tensor) -> Tensor:

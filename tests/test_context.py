@@ -1,5 +1,6 @@
 """Attention over a shared sequence is attention: one process gives the same, and each rank does the same work."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
@@ -112,6 +113,24 @@ def test_attention_on_shares_is_attention_over_the_whole_sequence(world, kind, i
             whole = partial(whole_attention, is_causal=is_causal, **options)
             got = put_together(world.run(on_shares, kind, is_causal, given, **options), given[0].size(2))
             assert off(got, with_gradients(whole, *given)) <= 1e-12, (size, options)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_the_formulas_give_what_the_kernel_gives(world2, is_causal):
+    def difference(given):
+        kernel = on_shares(ring, is_causal, given)
+        with patch.object(context, "_fused", lambda *_: False):
+            return off(on_shares(ring, is_causal, given), kernel)
+
+    for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        assert max(world2.run(difference, tensors(2, 4, 2, 12, 8, dtype=dtype))) <= most
+
+
+def test_values_may_be_of_another_width_than_keys(world2):
+    q, k, v, gradient = tensors(2, 4, 2, 12, 8)
+    given = q, k, v[..., :5], gradient[..., :5]
+    got = put_together(world2.run(on_shares, ring, True, given), 12)
+    assert off(got, with_gradients(partial(whole_attention, is_causal=True), *given)) <= 1e-12
 
 
 def test_half_precision_is_as_close_as_in_one_process(world4):
@@ -253,19 +272,30 @@ class Told:
         return self.transport.recv(*arguments)
 
 
+@contextmanager
+def watched(computes):
+    """Tell computes(q, block) of every attention to a block, forward and backward."""
+    attend, gradients = context._attend, context._gradients
+
+    def forward(q, block, scale):
+        computes(q, block)
+        return attend(q, block, scale)
+
+    def backward(d_out, q, block, *more):
+        computes(q, block)
+        return gradients(d_out, q, block, *more)
+
+    with patch.object(context, "_attend", forward), patch.object(context, "_gradients", backward):
+        yield
+
+
 def test_shares_travel_while_a_rank_computes(world3, world4):
     """Both the receive and the send of what the next step needs are started before the work of this one."""
 
     def events():
         happened, axis = [], axis_of_all()
-        scores = context._Block.scores
-
-        def watched(*arguments):
-            happened.append("work")
-            return scores(*arguments)
-
         q, k, v, gradient = (x.requires_grad_() for x in tensors(1, 2, 2, 4, 2))
-        with patch.object(context._Block, "scores", watched):
+        with watched(lambda *_: happened.append("work")):
             told = replace(axis, transport=Told(axis.transport, happened))
             out = context.ring_attention(q, k, v, told)
             forward = happened.copy()
@@ -289,15 +319,13 @@ def test_shares_travel_while_a_rank_computes(world3, world4):
 def pairs_computed(given, is_causal):
     """On a rank: how many scores of a head each step computes, and how many are not masked; forward, then backward."""
     axis, computed = axis_of_all(), []
-    scores = context._Block.scores
 
-    def watched(*arguments):
-        result = scores(*arguments)
-        computed.append((result[0, 0, 0].numel(), result[0, 0, 0].isfinite().sum().item()))
-        return result
+    def count(q, block):
+        seen = torch.ones(q.size(2), block.k.size(2))
+        computed.append((seen.numel(), int((seen.tril() if block.masked else seen).sum())))
 
     q, k, v, gradient = (x[:, :, places(x.size(2), axis.size, axis.index)].requires_grad_() for x in given)
-    with patch.object(context._Block, "scores", watched):
+    with watched(count):
         context.ring_attention(q, k, v, axis, is_causal=is_causal).backward(gradient)
     return computed
 
