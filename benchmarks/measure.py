@@ -26,9 +26,9 @@ class Row:
     peer_name: str = ""
     floor: list[float] | None = None
     unwatched: list[float] | None = None  # minipar in a World that does not watch
-    memory: int | None = None  # bytes at the peak of a step
-    peer_memory: int | None = None
-    note: str = ""
+    memory: int | None = None  # bytes of tensors at the peak of a step ...
+    peer_memory: int | None = None  # ... and the peer's
+    note: str = ""  # why there is no peer
     most_ratio: float | None = None  # the mark, for the ratio ...
     most_seconds: float | None = None  # ... or for minipar itself
 
@@ -92,12 +92,13 @@ HEAD = ["", "minipar", "peer", "ratio (95 %)", "mark", "met", "unwatched", "floo
 
 
 def table(results: list[dict]) -> str:
-    """The results as a table in Markdown, aligned so that it also reads well in a terminal."""
+    """The results as a table in Markdown, aligned so that it also reads well in a terminal, and notes below."""
     rows = [HEAD, *(_cells(r) for r in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    notes = [f"\n{r['what']}: {r['note']}" for r in results if r["note"]]
+    return "\n".join(lines + notes)
 
 
 def _cells(r: dict) -> list[str]:

@@ -60,15 +60,15 @@ class Bench:
     def make(self, comparison: str) -> tuple[list[tuple[str, str]], str]:
         """Build all sides of a comparison, and hold their gradients against those of one process.
 
-        Returns where there are which, (world, side), and what torch says of a peer that does not run: torch's own ways
-        and the floor are unwatched, minipar is there both ways.
+        Returns the sides that run, (world, side), and a note on one that does not. torch's own ways and the floor are
+        not watched, minipar is there both ways.
         """
         setting, places, note = self.of(comparison), [], ""
         expected = sides.alone(setting)
         for world, side in [("watched", "minipar"), *(("plain", side) for side in sides.COMPARISONS[comparison].sides)]:
             answers = self.worlds[world].run(sides.make, comparison, side, setting)
             if isinstance(answers[0], str):
-                note = f"{side}: {answers[0]}"
+                note = f'{side} does not run here: "{answers[0]}"'
                 continue
             if side != "floor":
                 agree(f"{comparison}, {side}", {k: g for answer in answers for k, g in answer.items()}, expected)
@@ -103,9 +103,8 @@ class Bench:
         )
 
     def memory(self, comparison: str, side: str) -> int:
-        """The peak of a step, in bytes, on the rank that takes most. In ranks of their own: nothing is timed here."""
-        with World(sides.RANKS, watch=False) as world:
-            return max(world.run(sides.peak_memory, comparison, side, self.of(comparison)))
+        """The peak of a step, in bytes, on the rank that takes most. The side is made anew, and nothing is timed."""
+        return max(self.worlds["plain"].run(sides.peak_memory, comparison, side, self.of(comparison)))
 
     def profile(self, comparison: str, steps: int) -> None:
         """Print where a step's time goes, on each rank and for each side."""

@@ -63,25 +63,62 @@ def test_sides_that_compute_something_else_are_refused(change):
 def test_a_small_run_compares_equal_sides_and_writes_its_table(tmp_path):
     """Every comparison: minipar, torch's own and one process compute equal gradients, else the run fails."""
     (tmp_path / "README.md").write_text(f"above\n{run.BEGIN}old\n{run.END}below\n")
-    options = ["--small", "--pairs", "3", "--only", "data,tensor,tensor-tuned,1f1b,gpipe,run", "--out", str(tmp_path)]
+    names = [*run.sides.COMPARISONS, "run"]
+    options = ["--small", "--pairs", "3", "--only", ",".join(names), "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "run.py"), *options], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [r["name"] for r in results] == ["data", "tensor", "tensor-tuned", "1f1b", "gpipe", "empty run"]
-    for r in results[:5]:
-        assert r["minipar"] > 0 and r["peer"] > 0 and r["floor"] > 0 and r["rounds"] == 3
+    *compared, empty = results
+    assert [r["name"] for r in results] == [*names[:-1], "empty run"]
+    for r in compared:
+        assert r["minipar"] > 0 and r["floor"] > 0 and r["rounds"] == 3 and r["memory"] > 0
+        if r["peer"] is None:
+            assert (
+                r["name"] == "ring" and "context_parallel does not run here" in r["note"] and r["note"] in done.stdout
+            )
+            continue
+        assert r["peer"] > 0 and r["peer_memory"] > 0 and r["note"] is None
         low, high = r["interval"]
         assert low <= r["ratio"] <= high
         assert r["met"] is (None if r["mark_ratio"] is None else low <= r["mark_ratio"])
         assert r["unwatched_interval"][0] <= r["unwatched_ratio"] <= r["unwatched_interval"][1]
-    assert results[5]["peer"] is None and results[5]["ratio"] is None
+    assert empty["peer"] is None and empty["ratio"] is None and empty["memory"] is None
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(results) and len({line.count("|") for line in lines}) == 1
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("above") and readme.endswith("below\n") and "old" not in readme
     assert all(line in readme for line in lines)
+
+
+def test_peak_memory_is_of_a_step_and_of_what_stays_between_steps(monkeypatch):
+    """1000 bytes stay, 500 and 300 come and go in a step one after the other, 9000 only while the side is made."""
+
+    class Known:
+        def __init__(self, setting):
+            torch.empty(9000, dtype=torch.uint8)
+            self.stays = torch.empty(1000, dtype=torch.uint8)
+
+        def step(self):
+            torch.empty(500, dtype=torch.uint8)
+            torch.empty(300, dtype=torch.uint8)
+
+    known = run.sides.Comparison("known", Known, {}, Known)
+    monkeypatch.setitem(run.sides.COMPARISONS, "known", known)
+    assert run.sides.peak_memory("known", "minipar", run.sides.SMALL) == 1500
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+def test_the_parts_of_a_pipeline_are_the_whole_model(stages):
+    setting = run.sides.SMALL
+    parts = [run.sides.Part(setting.model(), stage, stages) for stage in range(stages)]
+    x = tokens = setting.batch()[0]
+    for part in parts:
+        x = part(x)
+    assert x.equal(setting.model()(tokens))
+    names = [name for part in parts for name, _ in part.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in setting.model().named_parameters())
 
 
 def test_an_unknown_section_is_named(capsys):
