@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -168,6 +169,28 @@ def test_a_rank_holds_what_the_formula_says(world4, zero, whole_gradients):
             assert most == 2 * block  # the one that computes and the next
     assert sum(states for _, _, states, *_ in answers) == 2 * elements  # Adam's two, each on one rank only
     assert max(states for _, _, states, *_ in answers) <= 2 * whole // 4
+
+
+def test_gradients_travel_while_backward_runs_and_of_two_units_at_most(world2):
+    def events():
+        """What happens in a step: a gradient is there, or a unit starts to travel, as one of how many."""
+        parallel, seen = parallelize(model_of(CONFIG), Mesh(dp=2), zero=3), []
+        for parameter in parallel.here.values():
+            parameter.register_post_accumulate_grad_hook(lambda _: seen.append("gradient"))
+        start = Unit.start_reduce
+
+        def watched(unit):
+            start(unit)
+            seen.append(sum(len(other.reducing) for other in units_of(parallel)))
+
+        with patch.object(Unit, "start_reduce", watched):
+            parallel.step(*batch_of(CONFIG, ROWS, LENGTH))
+        return seen
+
+    behind = [name for name, _ in model_of(CONFIG).named_parameters() if name.startswith(("blocks.4.", "norm", "head"))]
+    for seen in world2.run(events):
+        assert seen.index(1) <= len(behind) < seen.count("gradient") / 3  # the last block's go first
+        assert max(x for x in seen if x != "gradient") == 2
 
 
 # What else a reader meets.
