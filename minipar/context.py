@@ -127,7 +127,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, is_causal: bool, scale: float) -> Tensor:
         ctx.axis, ctx.is_causal, ctx.scale = axis, is_causal, scale
         wide, blocks = _wide(q), _blocks(k, v, axis, is_causal)
-        out, lse = _attend(wide, next(blocks), scale)
+        out, lse = (x.clone() for x in _attend(wide, next(blocks), scale))  # a checkpoint may keep what is given
         for block in blocks:
             _merge(out[block.rows], lse[block.rows], *_attend(wide[block.rows], block, scale))
         out = out.to(q.dtype)
