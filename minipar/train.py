@@ -154,7 +154,7 @@ class Parallel:
 
         _check_replicas(model, self.device)
         self.module = _twin(model).to(self.device)
-        self.state_names = {key: _first_name(self.module, key) for key in self.module.state_dict()}
+        self.state_names = _first_names(self.module)
         self.everything = dict(self.module.named_parameters())  # of all stages: name -> parameter
         self.shapes = {name: p.shape for name, p in self.everything.items()}
         self.buffers = {
@@ -687,11 +687,12 @@ def _check_replicas(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def _first_name(model: nn.Module, key: str) -> str:
-    """A tied parameter has several keys in the state, and one name among the parameters: the first."""
-    everywhere = list(model.named_parameters(remove_duplicate=False))
-    mine = dict(everywhere).get(key)
-    return next((name for name, p in everywhere if p is mine), key)
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Key of the state -> its name. A tied parameter has several keys, and one name among the parameters: the first."""
+    everywhere, first = dict(model.named_parameters(remove_duplicate=False)), dict[nn.Parameter, str]()
+    for name, parameter in everywhere.items():
+        first.setdefault(parameter, name)
+    return {key: first[everywhere[key]] if key in everywhere else key for key in model.state_dict()}
 
 
 def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str, str]:
