@@ -53,16 +53,17 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "train",
         help="train the small GPT on any mesh",
-        description="Train the small GPT on Python's documentation. The dp x pp x cp x tp ranks are started here, "
+        description="Train the small GPT on Python's documentation. The dp x pp x ep x cp x tp ranks are started here, "
         "or are torchrun's: torchrun --nproc-per-node 8 -m minipar train --dp 2 --pp 2 --tp 2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    whole, real = partial(_number, int, 1), partial(_number, float, 0)
+    whole, real, count = partial(_number, int, 1), partial(_number, float, 0), partial(_number, int, 0)
     shape = Config()
 
     layout = parser.add_argument_group("layout")
     layout.add_argument("--dp", type=whole, default=1, metavar="N", help="data-parallel ranks")
     layout.add_argument("--pp", type=whole, default=1, metavar="N", help="pipeline stages")
+    layout.add_argument("--ep", type=whole, default=1, metavar="N", help="expert-parallel ranks")
     layout.add_argument("--cp", type=whole, default=1, metavar="N", help="context-parallel ranks")
     layout.add_argument("--tp", type=whole, default=1, metavar="N", help="tensor-parallel ranks")
     layout.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="order of the pipeline's work")
@@ -78,6 +79,8 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     model.add_argument("--width", type=whole, default=shape.width, metavar="N", help="hidden size")
     model.add_argument("--heads", type=whole, default=shape.heads, metavar="N", help="attention heads")
     model.add_argument("--context", type=whole, default=shape.context, metavar="N", help="tokens in a row")
+    model.add_argument("--experts", type=count, default=0, metavar="N", help="in each block; 0 for one MLP")
+    model.add_argument("--top", type=whole, default=shape.top, metavar="N", help="experts for each token")
     model.add_argument("--tied", action="store_true", help="the head uses the embedding's weight")
     model.add_argument("--dropout", type=real, default=shape.dropout, metavar="P", help="probability, P < 1")
 
@@ -143,9 +146,9 @@ def train(options: argparse.Namespace) -> int:
 
 def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
     """What the options describe. Raises ValueError for what does not fit, before any rank is started."""
-    parts = options.dp * options.microbatches
+    parts = options.dp * options.ep * options.microbatches
     if options.rows < parts:
-        what = f"dp={options.dp} x {options.microbatches} microbatches"
+        what = f"{options.dp * options.ep} data ranks x {options.microbatches} microbatches"
         raise ValueError(f"--rows {options.rows} is too few for {what}: at least {parts}")
     if options.check and options.dropout:
         raise ValueError("--check fits --dropout 0 only: one process drops something else")
@@ -154,8 +157,9 @@ def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
     if options.trace and (options.trace.is_dir() or not os.access(options.trace.absolute().parent, os.W_OK)):
         raise ValueError(f"--trace {options.trace}: it must be a file in a folder that can be written to")
     corpus.batches(options.steps, options.rows, options.context)
-    shape = {name: getattr(options, name) for name in ("context", "depth", "width", "heads", "tied", "dropout")}
-    return Mesh(dp=options.dp, pp=options.pp, cp=options.cp, tp=options.tp), Config(vocab=corpus.VOCAB, **shape)
+    names = ("context", "depth", "width", "heads", "tied", "dropout", "experts", "top")
+    mesh, shape = ({name: getattr(options, name) for name in some} for some in (Mesh().shape, names))
+    return Mesh(**mesh), Config(vocab=corpus.VOCAB, **shape)
 
 
 def _show_progress(listener: Listener, steps: int) -> None:

@@ -226,7 +226,7 @@ def recv(like: Tensor, axis: Axis, source: int, tag: int = 0) -> Tensor:
 Map = Callable[[Tensor, Axis], Tensor]
 
 
-class _Collective(torch.autograd.Function):
+class Collective(torch.autograd.Function):
     """A collective whose gradient travels by another one, its adjoint."""
 
     @staticmethod
@@ -244,22 +244,22 @@ def enter(x: Tensor, axis: Axis, meanwhile: Callable[[], None] = nothing) -> Ten
 
     meanwhile: work for backward to do while they travel.
     """
-    return _Collective.apply(x, axis, identity, partial(all_reduce, meanwhile=meanwhile))
+    return Collective.apply(x, axis, identity, partial(all_reduce, meanwhile=meanwhile))
 
 
 def leave(x: Tensor, axis: Axis) -> Tensor:
     """Out of it (Megatron's g): every rank holds a partial sum, and goes on with the whole."""
-    return _Collective.apply(x, axis, all_reduce, identity)
+    return Collective.apply(x, axis, all_reduce, identity)
 
 
 def gather(x: Tensor, axis: Axis, dim: int = -1, size: int | None = None) -> Tensor:
     """Shares put together; every rank goes on with the same whole, so its gradient is whole already."""
-    return _Collective.apply(x, axis, partial(all_gather, dim=dim, size=size), partial(shard, dim=dim))
+    return Collective.apply(x, axis, partial(all_gather, dim=dim, size=size), partial(shard, dim=dim))
 
 
 def split(x: Tensor, axis: Axis, dim: int = -1) -> Tensor:
     """Every rank goes on with its share of the same x."""
-    return _Collective.apply(x, axis, partial(shard, dim=dim), partial(all_gather, dim=dim, size=x.size(dim)))
+    return Collective.apply(x, axis, partial(shard, dim=dim), partial(all_gather, dim=dim, size=x.size(dim)))
 
 
 SEQUENCE = 1  # the dim of activations (batch, sequence, width) that sequence parallelism cuts between the layers
@@ -268,9 +268,9 @@ SEQUENCE = 1  # the dim of activations (batch, sequence, width) that sequence pa
 def enter_sequence(x: Tensor, axis: Axis, meanwhile: Callable[[], None] = nothing) -> Tensor:
     """`enter` for an x that is cut along the sequence: a gather, whose adjoint sums and cuts again."""
     adjoint = partial(reduce_scatter, dim=SEQUENCE, meanwhile=meanwhile)
-    return _Collective.apply(x, axis, partial(all_gather, dim=SEQUENCE), adjoint)
+    return Collective.apply(x, axis, partial(all_gather, dim=SEQUENCE), adjoint)
 
 
 def leave_sequence(x: Tensor, axis: Axis) -> Tensor:
     """`leave` for what goes on cut along the sequence."""
-    return _Collective.apply(x, axis, partial(reduce_scatter, dim=SEQUENCE), partial(all_gather, dim=SEQUENCE))
+    return Collective.apply(x, axis, partial(reduce_scatter, dim=SEQUENCE), partial(all_gather, dim=SEQUENCE))

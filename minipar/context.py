@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from .collectives import Axis, _Collective, all_gather, all_to_all, irecv, isend, reduce_scatter
+from .collectives import Axis, Collective, all_gather, all_to_all, irecv, isend, reduce_scatter
 
 # -- the order of the sequence -------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def unzigzag(x: Tensor, axis: Axis, dim: int) -> Tensor:
     for ranks that go on to one and the same loss, which counts once.) Sends n-1 times the bytes of x, both forward, in
     an all-gather, and backward, in a reduce-scatter.
     """
-    whole = _Collective.apply(x, axis, partial(all_gather, dim=dim), partial(reduce_scatter, dim=dim))
+    whole = Collective.apply(x, axis, partial(all_gather, dim=dim), partial(reduce_scatter, dim=dim))
     return _in_order(whole, axis, dim)
 
 
@@ -317,7 +317,7 @@ def _to_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 def _exchange(x: Tensor, axis: Axis) -> Tensor:
     """Share i of dim 1 goes to index i: a transposition of equal shares, so it is its own adjoint."""
-    return _Collective.apply(x, axis, partial(all_to_all, dim=1), partial(all_to_all, dim=1))
+    return Collective.apply(x, axis, partial(all_to_all, dim=1), partial(all_to_all, dim=1))
 
 
 # -- a model whose sequence is cut ---------------------------------------------------------------------------

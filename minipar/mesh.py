@@ -11,7 +11,7 @@ class Mesh:
     The order is the order of the fields. `tp` is innermost, because tensor peers talk the most and
     neighboring ranks share a node. `dp` is outermost, because data peers talk once a step.
 
-    dp: data, pp: pipeline, ep: expert, cp: context, tp: tensor.
+    dp: data, pp: pipeline, ep: expert, cp: context, tp: tensor. For all layers but experts, ep is a data axis too.
     """
 
     dp: int = 1

@@ -1,12 +1,12 @@
 """Tensor parallelism: weights are cut along one axis, the model stays as it was.
 
 A plan is a dict from layer name to style, with the style names that transformers publishes. Modules keep their place
-and their name; only the forward of a layer that is cut changes. `Cut`, kept on a parameter, remembers its share.
+and their name; only the forward of a layer that is cut changes.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,64 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .collectives import Axis, all_reduce, bounds, enter, enter_sequence, gather, leave, leave_sequence, split
+from .collectives import SEQUENCE, Axis, all_reduce, bounds, enter, enter_sequence, gather, leave, leave_sequence, split
+from .cut import cut
 from .deferral import Deferral
 from .randomness import Streams
-
-# -- cutting a parameter -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a parameter of `size` along `dim` was shared: shares[i] are the places that index i keeps."""
-
-    dim: int
-    size: int
-    shares: tuple[Tensor, ...]
-
-    def take(self, whole: Tensor, axis: Axis) -> Tensor:
-        """This rank's share of a whole tensor."""
-        return whole.index_select(self.dim, self.shares[axis.index].to(whole.device))
-
-    def put_together(self, share: Tensor, axis: Axis) -> Tensor:
-        """The whole tensor, on every rank of the axis. A collective."""
-        share = share.movedim(self.dim, 0)
-        widest = max(map(len, self.shares))
-        padded = torch.cat([share, share.new_zeros((widest - len(share), *share.shape[1:]))])
-        parts = axis.transport.all_gather(padded).wait()
-        whole = share.new_empty((self.size, *share.shape[1:]))
-        for part, places in zip(parts, self.shares, strict=True):
-            whole[places.to(whole.device)] = part[: len(places)]
-        return whole.movedim(0, self.dim)
-
-
-def cut(module: nn.Module, name: str, dim: int, axis: Axis) -> None:
-    """Keep this rank's share of a parameter along `dim`, in place, so that ties survive."""
-    parameter = getattr(module, name, None)
-    if parameter is None or hasattr(parameter, "cut"):  # no bias; or tied, and cut already
-        return
-    size = parameter.size(dim)
-    places = torch.arange(size).tensor_split(bounds(size, axis.size)[1:-1])
-    parameter.cut = Cut(dim, size, places)
-    parameter.data = parameter.cut.take(parameter.data, axis)
-
-
-def whole(parameter: Tensor, tensor: Tensor, axis: Axis) -> Tensor:
-    """The whole of `tensor`, which is the parameter's own data or its gradient."""
-    return parameter.cut.put_together(tensor, axis) if hasattr(parameter, "cut") else tensor
-
-
-def widest(parameters: Iterable[nn.Parameter], axis: Axis) -> int:
-    """Elements that the rank with the largest shares has of all these parameters together."""
-
-    def elements(parameter: Any, index: int) -> int:
-        if not hasattr(parameter, "cut"):
-            return parameter.numel()
-        return parameter.numel() // max(parameter.size(parameter.cut.dim), 1) * len(parameter.cut.shares[index])
-
-    parameters = list(parameters)
-    return max(sum(elements(p, i) for p in parameters) for i in range(axis.size))
-
 
 # -- styles --------------------------------------------------------------------------------------------------
 
@@ -230,6 +176,29 @@ def sequence_split(layer: nn.Module, region: Region, entrance: Entrance) -> None
         layer.forward = forward
 
 
+def sequence_gather(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """A whole layer that needs whole sequences between cut ones: (B, T/tp, C) -> (B, T, C) -> (B, T/tp, C). Every rank
+    computes the same in it."""
+    inner = layer.forward
+    if region.sequence:
+        layer.forward = lambda x: split(inner(gather(x, region.axis, dim=SEQUENCE)), region.axis, dim=SEQUENCE)
+
+
+def moe_tp_experts(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """Experts side by side, with weights `up` (E, in, hidden) and `down` (E, hidden, out), cut along hidden. The slots,
+    (E, N, in) -> (E, N, out), are the same on every rank; each has a partial sum of what comes out."""
+    if [name for name, _ in layer.named_parameters()] != ["up", "down"]:
+        raise ValueError(f"{type(layer).__name__}: moe_tp_experts needs the two weights up and down, and no others")
+    cut(layer, "up", 2, region.axis)
+    cut(layer, "down", 1, region.axis)
+    inner = layer.forward
+
+    def forward(slots: Tensor) -> Tensor:
+        return leave(inner(enter(slots, region.axis, meanwhile=region.deferral.meanwhile)), region.axis)
+
+    layer.forward = forward
+
+
 STYLES: dict[str, Callable[..., Head | None]] = {
     style.__name__: style
     for style in (
@@ -241,8 +210,22 @@ STYLES: dict[str, Callable[..., Head | None]] = {
         replicated_with_grad_allreduce,
         sequence_parallel,
         sequence_split,
+        sequence_gather,
+        moe_tp_experts,
     )
 }
+
+
+def pattern(name: str) -> str:
+    """What a plan calls a layer: `*` stands for a number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def layers_of_style(model: nn.Module, plan: dict[str, str], style: str) -> Iterator[nn.Module]:
+    """The layers for which a plan has this style."""
+    for name, layer in model.named_modules():
+        if plan.get(pattern(name)) == style:
+            yield layer
 
 
 def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
@@ -250,7 +233,7 @@ def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
 
     ValueError: a style that is not known, an entry that matches no layer, heads that the axis does not divide.
     """
-    layers = {name: re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()}
+    layers = {name: pattern(name) for name, _ in model.named_modules()}
     for entry, style in plan.items():
         if style not in STYLES:
             raise ValueError(f"plan: style {style!r} of {entry!r} is not known; known are {', '.join(STYLES)}")
@@ -264,14 +247,14 @@ def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
         )
     entrances: dict[str, Entrance] = {}
     *_, last = layers
-    for name, pattern in layers.items():
-        if pattern in plan:
+    for name, entry in layers.items():
+        if entry in plan:
             parent, layer = name.rpartition(".")[0], model.get_submodule(name)
             if parent not in entrances:
                 entrances[parent] = Entrance(region.enter)
                 model.get_submodule(parent).register_forward_hook(entrances[parent].forget, always_call=True)
-            _check_heads(parent, model.get_submodule(parent), layer, plan[pattern], region.axis)
-            head = STYLES[plan[pattern]](layer, region, entrances[parent])
+            _check_heads(parent, model.get_submodule(parent), layer, plan[entry], region.axis)
+            head = STYLES[plan[entry]](layer, region, entrances[parent])
             if head and name == last:  # a gather anywhere else is an ordinary one
                 region.heads.append(head)
 

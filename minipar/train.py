@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import context, data, tensor
+from . import context, cut, data, tensor
 from .collectives import (
     Axis,
     all_gather,
@@ -30,7 +30,9 @@ from .collectives import (
 )
 from .deferral import Deferral
 from .device import default_generator
+from .expert import cut_experts
 from .mesh import Mesh
+from .model import MoE
 from .pipeline import Batch, Executor, Stages, spread
 from .precision import LossScale, computing_in
 from .randomness import Masks, Shared, Streams, remember
@@ -66,6 +68,7 @@ def parallelize(
 
     model: `minipar.gpt(...)`, or any module with one list of blocks. Its weights are the initial ones; the module
         itself is left alone.
+    mesh: dp and ep share out the rows; ep also the experts of layers that the plan gives the style moe_tp_experts.
     schedule: order of the pipeline's work, one of `gpipe`, `one_f_one_b`, `interleaved`, `zero_bubble_h1`,
         `zero_bubble_h2`, `zero_bubble_v`, or your own function of (ranks of pp, microbatches).
     microbatches: parts into which a step cuts each data rank's rows; their gradients add up.
@@ -86,7 +89,8 @@ def parallelize(
         device mesh has the axes by their names. See `minipar.wrap`.
 
     Raises ValueError, with what would fit, if the mesh is not the number of ranks, tp does not divide the heads, there
-    are fewer blocks than stages, the plan does not match the model, or the schedule is not complete.
+    are fewer blocks than stages, ep does not divide the experts, the plan does not match the model, or the schedule is
+    not complete.
     """
     if unknown:
         names = ", ".join(field.name for field in fields(Options))
@@ -136,11 +140,11 @@ class Parallel:
     """A model on a mesh, as one of its ranks has it. Made by `parallelize`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, options: Options):
-        if later := [f"{axis}={mesh.shape[axis]}" for axis in ("ep",) if mesh.shape[axis] > 1]:
-            raise ValueError(f"{', '.join(later)}: this model can use the axes dp, pp, cp and tp")
         self.mesh, axes, me = mesh, connect(mesh), here()
-        self.dp, self.pp, self.cp, self.tp, self.device = axes["dp"], axes["pp"], axes["cp"], axes["tp"], me.device
-        self.replicas = join(mesh, "dp", "cp")
+        self.pp, self.ep, self.cp, self.tp, self.device = axes["pp"], axes["ep"], axes["cp"], axes["tp"], me.device
+        self.dp = join(mesh, "dp", "ep")  # who shares out the rows
+        self.replicas = join(mesh, "dp", "ep", "cp")  # who has the same parameters
+        self.replicas_of_experts = join(mesh, "dp", "cp")
 
         microbatches, loss, plan, zero = options.microbatches, options.loss, options.plan, options.zero
         order = options.schedule(self.pp.size, microbatches)
@@ -170,6 +174,8 @@ class Parallel:
             context.cut_behind(_place_of_the_cut(self.module, plan), self.cp)
             self.attention = context.WholeAttention(self.cp)
         tensor.cut_layers(self.module, _plan(model, plan, self.tp), self.region)
+        self.mixtures = [layer for layer in self.module.modules() if isinstance(layer, MoE)]
+        self._share_experts(plan)
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
         needs_blocks = zero == 3 or options.recompute != "none" or options.wrap is not None
@@ -217,7 +223,8 @@ class Parallel:
         inputs: what the model's forward takes, a tensor or a dict of tensors, rows first. The global batch, the same
             on every rank; with `local` this data rank's own rows, which may be of another number than its peers'.
         targets: what the loss takes, rows first; by default `inputs["labels"]`.
-        Returns the global loss, detached, 0-d, the same on every rank.
+        Returns the global loss, detached, 0-d, the same on every rank. What balances experts is in the gradients only,
+            where a token weighs what a label does in the loss, see `minipar.model.MoE`.
         Raises ValueError for fewer rows than data ranks x microbatches, or if no label counts.
         """
         inputs, targets = self._with_targets(inputs, targets)
@@ -244,6 +251,8 @@ class Parallel:
         for some in self._all_gradients():
             some.attach()
         self._gather_heads(self.loss is self.given_loss)
+        for mixture in self.mixtures:
+            mixture.token_weight = self.scale.value / guess  # as a label's
         with self._own_randomness():
             self.executor.run(self.training_program, batches, conclude)
         for some in self._all_gradients():
@@ -261,13 +270,34 @@ class Parallel:
         self.steps, self.spans = self.steps + 1, self.executor.spans
         return (loss / count).to(next(iter(self.everything.values())).dtype)
 
+    def _share_experts(self, plan: dict[str, str] | None) -> None:
+        """Experts over ep; and over cp what a mixture of them needs to know of whole rows."""
+        if self.ep.size > 1:
+            experts = _layers_of_style(self.module, plan, "moe_tp_experts")
+            if not experts:
+                raise ValueError(
+                    f"ep={self.ep.size} needs experts, and the plan has no layer with the style moe_tp_experts: "
+                    "Config(experts=) makes some"
+                )
+            for layer in experts:
+                cut_experts(layer, self.ep)
+        if self.cp.size > 1:
+            for mixture in self.mixtures:
+                mixture.whole_row = partial(context.unzigzag, axis=self.cp, dim=1)
+                mixture.own_tokens = partial(context.zigzag, axis=self.cp, dim=1)
+
+    def _replicas(self, parameter: nn.Parameter) -> Axis:
+        """The ranks that have the same parameter, or share of one, and other tokens."""
+        return self.replicas_of_experts if cut.is_cut(parameter, self.ep) else self.replicas
+
     def _run_stage(self, stage: int, state: Any, inputs: Batch) -> Any:
         with self.attention, computing_in(self.dtype, self.device):
             return self.run(stage, state, inputs)
 
     def _wrap(self, wrap: Wrap) -> Wrapped:
-        if self.zero or self.cp.size > 1 or len(self.owner) > self.pp.size or self.region.deferral.holds:
-            what = "zero=0, cp=1 and a schedule with one stage a rank and whole backwards"
+        others = self.cp.size * self.ep.size > 1
+        if self.zero or others or len(self.owner) > self.pp.size or self.region.deferral.holds:
+            what = "zero=0, cp=1, ep=1 and a schedule with one stage a rank and whole backwards"
             raise ValueError(f"wrap needs {what}: the wrapper shares out parameters by itself")
         (stage,) = (s for s, index in self.owner.items() if index == self.pp.index)
         hide(self.module, [p for name, p in self.everything.items() if name not in self.here])
@@ -306,11 +336,8 @@ class Parallel:
         """This data rank's rows, cut into microbatches."""
         size, parts = len(next(iter(_tensors(batch)))), self.microbatches * (1 if local else self.dp.size)
         if size < parts:
-            what = (
-                f"{self.microbatches} microbatches"
-                if local
-                else f"dp={self.dp.size} x {self.microbatches} microbatches"
-            )
+            what = f"{self.microbatches} microbatches"
+            what = what if local else f"{self.dp.name}={self.dp.size} x {what}"
             raise ValueError(f"{size} rows are too few for {what}: give at least {parts} rows, or fewer microbatches")
         mine = batch if local else data.rows(batch, self.dp.size)[self.dp.index]
         return data.rows(mine, self.microbatches)
@@ -346,9 +373,12 @@ class Parallel:
         return {name: p for name, p in self.here.items() if home[name] == stage}
 
     def _gradients(self, stage: int) -> list[data.Gradients]:
-        """A flat buffer for each dtype of a stage's parameters."""
-        own = [p for name, p in self._own(stage).items() if name in self.trained]
-        return [data.Gradients(some, self.replicas) for some in _by_dtype(own).values()]
+        """Flat buffers for a stage's parameters: one for each dtype, and for each set of ranks that sum it."""
+        summed: dict[Axis, list[nn.Parameter]] = defaultdict(list)
+        for name, p in self._own(stage).items():
+            if name in self.trained:
+                summed[self._replicas(p)].append(p)
+        return [data.Gradients(some, axis) for axis, own in summed.items() for some in _by_dtype(own).values()]
 
     def _shares(self, stage: int) -> Shares:
         """A stage's parameters in units that travel together: blocks where those come and go, else buckets. What
@@ -367,15 +397,15 @@ class Parallel:
         for name, p in reversed(own.items()):
             several = name if len(self.homes[name]) > 1 else ""
             part = block_of(p) if self.zero == 3 else filled // data.BUCKET
-            key = several, part, p.dtype
+            key = several, part, p.dtype, self._replicas(p)
             groups[key] = groups.pop(key, {}) | {name: p}  # in the order in which backward is through with them
             filled += p.nbytes
         units = {}
         for key, some in groups.items():
             # Sums over tensor ranks want the same places in each rank's share: those parameters come first.
             ordered = dict(sorted(some.items(), key=lambda item: not hasattr(item[1], "partial")))
-            size = tensor.widest(ordered.values(), self.tp)
-            units[key] = Unit(ordered, self.replicas, size, self.zero < 3 or bool(key[0]), self.whole_gradients)
+            size, (several, *_, axis) = cut.widest(ordered.values(), self.tp), key
+            units[key] = Unit(ordered, axis, size, self.zero < 3 or bool(several), self.whole_gradients)
         inside = [(block, [u for key, u in units.items() if key[1] == name]) for name, block in blocks.items()]
         return Shares(units.values(), inside if self.zero == 3 else [])
 
@@ -564,9 +594,10 @@ class Parallel:
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, parameter in self.owned.items():
+            whole = self.here[name]
             counted = self.owner[min(self.homes[name])] == self.pp.index
-            counted &= hasattr(self.here[name], "cut") or self.tp.index == 0
-            counted &= name in self.units or self.replicas.index == 0
+            counted &= cut.is_cut(whole, self.tp) or self.tp.index == 0
+            counted &= name in self.units or self._replicas(whole).index == 0
             if parameter.grad is None:
                 continue
             square = together(parameter.grad.double().square().sum())
@@ -602,7 +633,7 @@ class Parallel:
                 have, need = tuple(state[name].shape), tuple(self.shapes[name])
                 raise ValueError(f"{name!r} has shape {have} in the state, and {need} in this model")
             whole = state[name].to(self.device)
-            share = parameter.cut.take(whole, self.tp) if hasattr(parameter, "cut") else whole
+            share = cut.take(parameter, whole)
             if name in self.units:
                 self.units[name].load(name, share)
             else:
@@ -628,7 +659,7 @@ class Parallel:
         if root == self.pp.index:
             value = put_together.get(name, getattr(self.owned.get(name, parameter), what))
             value = torch.zeros_like(parameter) if value is None else value.detach()
-            value = tensor.whole(parameter, value, self.tp)
+            value = cut.put_together(parameter, value)
         else:
             value = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)
         return broadcast(value, self.pp, root)
@@ -707,10 +738,15 @@ def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str,
 
 
 def _place_of_the_cut(model: nn.Module, given: dict[str, str] | None) -> nn.Module:
-    plan = getattr(model, "tp_plan", {}) if given is None else given
-    if "sequence_split" not in plan.values():
+    found = _layers_of_style(model, given, "sequence_split")
+    if not found:
         raise ValueError("cp needs a plan that says where the sequence is cut: a layer with the style sequence_split")
-    return model.get_submodule(next(name for name, style in plan.items() if style == "sequence_split"))
+    return found[0]
+
+
+def _layers_of_style(model: nn.Module, given: dict[str, str] | None, style: str) -> list[nn.Module]:
+    plan = getattr(model, "tp_plan", {}) if given is None else given
+    return list(tensor.layers_of_style(model, plan, style))
 
 
 def _tensors(batch: Any) -> Iterable[Tensor]:

@@ -1,7 +1,7 @@
 """What the tests of the laws share: one process to compare with, and the comparison. Ranks import it: keep it small."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minipar
-from minipar import Config, Mesh
+from minipar import Config, Mesh, cut
 
 LEARNING_RATE = 0.5
 
@@ -124,8 +124,7 @@ def broken_laws(
 
 def share(parallel: Any, name: str, whole: Tensor) -> Tensor:
     """What this rank updates of a parameter."""
-    parameter = parallel.here[name]
-    mine = parameter.cut.take(whole, parallel.tp) if hasattr(parameter, "cut") else whole
+    mine = cut.take(parallel.here[name], whole)
     return parallel.units[name].take(name, mine) if name in parallel.units else mine
 
 
@@ -198,3 +197,19 @@ def _compare(
         got = laid_out(parallel, inputs_here, targets_here, **(more[0] if more else {}))
         answers.append(broken_laws(parallel, got, wanted, dict(model.named_parameters())))
     return answers
+
+
+class Planted:
+    """A world whose ranks run everything with a bug."""
+
+    def __init__(self, world, bug):
+        self.world, self.bug = world, bug
+
+    def run(self, work, *args, **options):
+        bug = self.bug
+
+        def with_bug():
+            with bug() if bug else ExitStack():
+                return work(*args, **options)
+
+        return self.world.run(with_bug)

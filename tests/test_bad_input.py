@@ -125,7 +125,20 @@ REFUSED = {
     "an axis without ranks": (lambda: Mesh(dp=0), ValueError, ["dp=0", "at least 1"]),
     "an axis that does not exist": (lambda: Mesh(dp=2).line("data", 0), ValueError, ["'data'", "dp, pp, ep, cp, tp"]),
     "a rank that is not on the mesh": (lambda: Mesh(dp=2).coordinate(2), ValueError, ["rank 2", "0 to 1"]),
-    "an axis this model cannot use": (lambda: lay_out(mesh=Mesh(ep=2)), ValueError, ["ep=2", "dp, pp"]),
+    "an axis this model cannot use": (
+        lambda: lay_out(mesh=Mesh(ep=2)),
+        ValueError,
+        ["ep=2", "no layer", "Config(experts=)"],
+    ),
+    "experts that ep does not divide": (
+        lambda: lay_out(gpt(Config(experts=3)), Mesh(ep=2)),
+        ValueError,
+        ["ep=2", "3 experts", "[1, 3]"],
+    ),
+    "more choices than experts": (lambda: Config(experts=2, top=3), ValueError, ["top=3", "2 experts"]),
+    "a part of an expert": (lambda: Config(experts=2.5), ValueError, ["experts=2.5", "whole number"]),
+    "experts without room": (lambda: Config(experts=4, capacity=0), ValueError, ["capacity=0", "above 0"]),
+    "a loss that wants no balance": (lambda: Config(experts=4, balance=-1), ValueError, ["balance=-1", "at least 0"]),
     "heads that tp does not divide": (
         lambda: lay_out(gpt(Config(width=9, heads=3)), Mesh(tp=2)),
         ValueError,

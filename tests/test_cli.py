@@ -124,7 +124,7 @@ def test_the_check_sees_a_wrong_gradient(capsys):
     [
         ("--heads 6 --width 128", "width 128 is not divisible by heads 6; heads can be one of [1, 2, 4,"),
         ("--depth 2 --pp 4", "pp=4"),
-        ("--rows 3 --dp 2 --microbatches 2", "--rows 3 is too few for dp=2 x 2 microbatches: at least 4"),
+        ("--rows 3 --dp 2 --microbatches 2", "--rows 3 is too few for 2 data ranks x 2 microbatches: at least 4"),
         ("--dp 0", "--dp: '0' is not a whole number, at least 1"),
         ("--lr fast", "--lr: 'fast' is not a number, at least 0"),
         ("--schedule zigzag", "invalid choice: 'zigzag' (choose from"),

@@ -19,7 +19,9 @@ FLOORS = [
     {"crew"},
     {"world"},
     {"collectives", "timeline"},  # talk along one axis; predict a run
-    {"data", "zero", "tensor", "pipeline", "context", "rings", "recording", "recompute", "wrap"},  # one file a strategy
+    {"cut"},  # what is kept of a parameter
+    # One file a strategy.
+    {"data", "zero", "tensor", "pipeline", "context", "expert", "rings", "recording", "recompute", "wrap"},
     {"train"},  # the only one that knows every strategy
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -101,6 +103,7 @@ def test_imports_go_down_and_siblings_do_not_meet():
         ("model", "from .mesh import Mesh"),  # the same floor
         ("data", "from . import tensor"),
         ("context", "from .data import Gradients"),
+        ("expert", "from .tensor import STYLES"),
         ("collectives", "from .timeline import Timeline"),
         ("schedule", "from minipar.timeline import simulate"),
         ("mesh", "import minipar.train"),

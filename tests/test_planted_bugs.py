@@ -1,11 +1,10 @@
 """A test of the tests: well-known bugs, planted one at a time, each break some law."""
 
-from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
 import torch.nn.functional as F
-from laws import batch_of, model_of, problems
+from laws import Planted, batch_of, model_of, problems
 from test_randomness import FromStreams, distinct, masks_of_two_steps, of
 from torch import nn
 
@@ -144,22 +143,6 @@ BUGS = [
     (mean_of_means, PLAIN, DATA),
 ]
 LAYOUTS = [(PLAIN, DATA), (PLAIN, TENSOR), (PLAIN, SEQUENCE), (PLAIN, STAGES), (TIED, STAGES)]
-
-
-class Planted:
-    """A world whose ranks run everything with a bug."""
-
-    def __init__(self, world, bug):
-        self.world, self.bug = world, bug
-
-    def run(self, work, *args, **options):
-        bug = self.bug
-
-        def with_bug():
-            with bug() if bug else ExitStack():
-                return work(*args, **options)
-
-        return self.world.run(with_bug)
 
 
 def laws_broken_by(world, config, layout):

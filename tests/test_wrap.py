@@ -79,5 +79,5 @@ def test_the_device_mesh_names_the_axes(world8):
     "layout", [{"zero": 1}, {"schedule": minipar.zero_bubble_h1}, {"schedule": minipar.interleaved, "microbatches": 2}]
 )
 def test_what_does_not_go_together_is_refused(world2, layout):
-    with pytest.raises(Exception, match="wrap needs zero=0, cp=1 and a schedule with one stage a rank"):
+    with pytest.raises(Exception, match="wrap needs zero=0, cp=1, ep=1 and a schedule with one stage a rank"):
         world2.run(partial(parallelize, model_of(Config(**SHAPE)), Mesh(pp=2), wrap=sharded, **layout))

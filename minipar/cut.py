@@ -1,0 +1,90 @@
+"""Parameters that are cut: each rank of an axis keeps a share, and the parameter remembers which.
+
+A parameter may be cut along several axes, each along a dim of its own: the weights of experts, say, once by experts
+and once by their hidden width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .collectives import Axis, bounds
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter of `size` along `dim` was shared: shares[i] are the places that index i of `axis` keeps."""
+
+    axis: Axis
+    dim: int
+    size: int
+    shares: tuple[Tensor, ...]
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's share of a whole tensor."""
+        return whole.index_select(self.dim, self.shares[self.axis.index].to(whole.device))
+
+    def put_together(self, share: Tensor) -> Tensor:
+        """The whole tensor, on every rank of the axis. A collective."""
+        share = share.movedim(self.dim, 0)
+        widest = max(map(len, self.shares))
+        padded = torch.cat([share, share.new_zeros((widest - len(share), *share.shape[1:]))])
+        parts = self.axis.transport.all_gather(padded).wait()
+        whole = share.new_empty((self.size, *share.shape[1:]))
+        for part, places in zip(parts, self.shares, strict=True):
+            whole[places.to(whole.device)] = part[: len(places)]
+        return whole.movedim(0, self.dim)
+
+
+def cuts(parameter: Any) -> tuple[Cut, ...]:
+    """The cuts of a parameter, in the order in which they were made; none if it is whole."""
+    return getattr(parameter, "cuts", ())
+
+
+def is_cut(parameter: nn.Parameter, axis: Axis) -> bool:
+    """Does each rank of the axis have another share of this parameter?"""
+    return any(cut.axis.name == axis.name for cut in cuts(parameter))
+
+
+def cut(module: nn.Module, name: str, dim: int, axis: Axis) -> None:
+    """Keep this rank's share of a parameter along `dim`, in place, so that ties survive."""
+    parameter: Any = getattr(module, name, None)
+    if parameter is None or is_cut(parameter, axis):  # no bias; or tied, and cut already
+        return
+    size = parameter.size(dim)
+    shares = torch.arange(size).tensor_split(bounds(size, axis.size)[1:-1])
+    mine = Cut(axis, dim, size, shares)
+    parameter.cuts = (*cuts(parameter), mine)
+    parameter.data = mine.take(parameter.data)
+
+
+def take(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """This rank's share of a tensor of the whole parameter's shape."""
+    for cut in cuts(parameter):
+        whole = cut.take(whole)
+    return whole
+
+
+def put_together(parameter: nn.Parameter, share: Tensor) -> Tensor:
+    """The whole of `share`, which is the parameter's own data or its gradient. A collective."""
+    for cut in reversed(cuts(parameter)):
+        share = cut.put_together(share)
+    return share
+
+
+def widest(parameters: Iterable[nn.Parameter], axis: Axis) -> int:
+    """Elements that the rank of `axis` with the largest shares has of all these parameters together."""
+
+    def elements(parameter: nn.Parameter, index: int) -> int:
+        shape = list(parameter.shape)
+        for cut in cuts(parameter):
+            if cut.axis.name == axis.name:
+                shape[cut.dim] = len(cut.shares[index])
+        return prod(shape)
+
+    parameters = list(parameters)
+    return max(sum(elements(p, i) for p in parameters) for i in range(axis.size))
