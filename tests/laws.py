@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import minipar
 from minipar import Config, Mesh, cut
+from minipar.model import MoE
 
 LEARNING_RATE = 0.5
 
@@ -19,6 +20,14 @@ def model_of(config: Config, seed: int = 0) -> nn.Module:
     """A small GPT in float64, away from its initial point, where some gradients are close to nothing."""
     torch.manual_seed(seed)
     return stirred(minipar.gpt(config).double())
+
+
+def weighed(model: nn.Module, targets: Tensor) -> nn.Module:
+    """In one process experts are to be balanced as on a mesh: a token weighs in that what a label does in the loss."""
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            layer.token_weight = 1 / (targets != -100).sum().item()
+    return model
 
 
 def stirred(model: nn.Module) -> nn.Module:

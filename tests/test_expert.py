@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import Planted, alone, batch_of, differences, mean_cross_entropy, model_of, problems
+from laws import Planted, alone, batch_of, differences, mean_cross_entropy, model_of, problems, weighed
 from torch import Tensor
 
 import minipar
@@ -163,12 +163,8 @@ def test_slots_go_to_their_expert_in_the_order_of_ranks_and_come_back(world4):
 # A mesh: parity.
 
 
-def moe(config=CONFIG, ignored=True):
-    """As `parallelize` has it, a token weighs in the loss of balance what a label does in the other."""
-    gpt, (_, targets) = model_of(config), batch_of(config, ROWS, LENGTH)
-    for layer in mixtures(gpt) if ignored else []:
-        layer.token_weight = 1 / (targets != -100).sum().item()
-    return gpt
+def moe(config=CONFIG):
+    return weighed(model_of(config), batch_of(config, ROWS, LENGTH)[1])
 
 
 LAYOUTS = {
@@ -222,7 +218,7 @@ def test_a_mean_over_all_tokens_needs_no_weight(world4, changes):
     """In one process MoE weighs tokens by itself then."""
     config, layouts = replace(CONFIG, **changes), [{"mesh": Mesh(ep=4)}, {"mesh": Mesh(ep=2, cp=2), "microbatches": 2}]
     tokens, _ = batch_of(config, ROWS, LENGTH)
-    assert problems(world4, layouts, lambda: moe(config, ignored=False), tokens, tokens.roll(-1, 1)) == []
+    assert problems(world4, layouts, lambda: model_of(config), tokens, tokens.roll(-1, 1)) == []
 
 
 def test_ranks_may_bring_rows_of_their_own_in_unlike_numbers(world4):

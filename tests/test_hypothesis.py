@@ -1,12 +1,13 @@
 """Hypothesis draws meshes, strategies, models and batches of every shape; each step is that of one process."""
 
 from itertools import product
+from math import prod
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws import batch_of, model_of, problems
+from laws import batch_of, model_of, problems, weighed
 
 from minipar import Config, Mesh, gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
 
@@ -16,8 +17,7 @@ CHUNKS = {interleaved: 2, zero_bubble_v: 2}  # stages a rank, else 1
 
 def meshes(ranks):
     sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    shapes = product(sizes, repeat=4)
-    return [Mesh(dp, pp, 1, cp, tp) for dp, pp, cp, tp in shapes if dp * pp * cp * tp == ranks]
+    return [Mesh(*shape) for shape in product(sizes, repeat=5) if prod(shape) == ranks]
 
 
 @st.composite
@@ -34,6 +34,7 @@ def compositions(draw, ranks):
         "whole_gradients": draw(st.booleans()),
         "recompute": draw(st.sampled_from(["none", "selective", "full"])),
     }
+    experts = mesh.ep * draw(st.integers(1, 3)) if mesh.ep > 1 else draw(st.sampled_from([0, 0, 0, 3]))
     heads = mesh.tp * draw(st.integers(1, 2))
     pieces = (2 * mesh.cp if mesh.cp > 1 else 1) * (mesh.tp if sequence else 1)
     length = pieces * draw(st.integers(1, 10 if pieces == 1 else 2))
@@ -44,11 +45,15 @@ def compositions(draw, ranks):
         width=heads * draw(st.integers(-(-4 // heads), 6)),  # of fewer numbers a norm's gradient is all rounding
         heads=heads,
         tied=draw(st.booleans()),
+        experts=experts,
+        top=draw(st.integers(1, min(3, max(1, experts)))),
+        capacity=draw(st.sampled_from([0.5, 1.0, 1.5])),
+        balance=0.5,
     )
     # Rows of each data rank. If they are as the step would cut them it is given the global batch, else each its own.
-    local = draw(st.booleans())
-    rows = [microbatches + draw(st.integers(0, 3)) for _ in range(mesh.dp)] if local else []
-    total = sum(rows) if local else mesh.dp * microbatches + draw(st.integers(0, 6))
+    local, ways = draw(st.booleans()), mesh.dp * mesh.ep
+    rows = [microbatches + draw(st.integers(0, 3)) for _ in range(ways)] if local else []
+    total = sum(rows) if local else ways * microbatches + draw(st.integers(0, 6))
     return layout, config, rows, total, length
 
 
@@ -71,7 +76,7 @@ def test_any_composition_makes_the_step_of_one_process(worlds, ranks):
         tokens, targets = batch_of(config, total, length)
         if (targets == -100).all():
             targets = torch.zeros_like(targets)
-        model = lambda: model_of(config)  # noqa: E731
+        model = lambda: weighed(model_of(config), targets)  # noqa: E731
         assert problems(worlds(ranks), [layout], model, tokens, targets, prepare=own_rows(rows)) == []
 
     any_composition()
