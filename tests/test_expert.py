@@ -1,6 +1,7 @@
 """Experts: the mixture is what its formulas say, and every mesh gives the gradients of one process."""
 
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from unittest.mock import patch
 
@@ -442,3 +443,8 @@ def test_half_precision_routes_and_trains(world4):
         for dtype, near in ((None, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 0.1)):
             for off, dtypes in world4.run(far, mesh, dtype):
                 assert off < near and dtypes == {torch.float32}, (mesh, dtype, off, dtypes)
+
+
+def test_a_wrapper_of_torchs_that_would_sum_experts_over_ep_is_refused(world2):
+    with pytest.raises(Exception, match="wrap needs zero=0, cp=1, ep=1"):
+        world2.run(partial(parallelize, moe(), Mesh(ep=2), wrap=lambda stage, device_mesh: stage))
