@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint import latest, load, load_weights, save, save_weights
     from .collectives import Axis, connect
+    from .loading import Loader
     from .mesh import Mesh
     from .model import Config, gpt
     from .schedule import gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 # Where the names are. A module is imported when one of its names is first used: the command line answers at once,
 # without waiting for torch.
 _HOMES = {
+    "checkpoint": ("latest", "load", "load_weights", "save", "save_weights"),
     "collectives": ("Axis", "connect"),
+    "loading": ("Loader",),
     "mesh": ("Mesh",),
     "model": ("Config", "gpt"),
     "schedule": ("gpipe", "one_f_one_b", "interleaved", "zero_bubble_h1", "zero_bubble_h2", "zero_bubble_v"),
@@ -33,6 +37,7 @@ __all__ = [
     "Axis",
     "Config",
     "Costs",
+    "Loader",
     "Mesh",
     "RankError",
     "Timeline",
@@ -44,10 +49,15 @@ __all__ = [
     "gpt",
     "here",
     "interleaved",
+    "latest",
     "ledger",
+    "load",
+    "load_weights",
     "main",
     "one_f_one_b",
     "parallelize",
+    "save",
+    "save_weights",
     "simulate",
     "zero_bubble_h1",
     "zero_bubble_h2",

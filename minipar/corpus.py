@@ -13,6 +13,7 @@ from importlib import resources
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.data import Dataset
 
 VOCAB = 512
 SHA256 = "67a721b6bee1195d2096b4f5f100e35eea3ec003ca26ec1b41124ab398cc1f17"
@@ -61,8 +62,7 @@ def batches(steps: int, rows: int, context: int, seed: int = 0) -> Iterator[tupl
     corpus cannot fill.
     """
     data = tokens()
-    if not 0 < context < len(data):
-        raise ValueError(f"context={context} does not fit: the corpus has {len(data)} tokens, so 1 to {len(data) - 1}")
+    _check_context(context)
     if rows < 1:
         raise ValueError(f"rows={rows} does not fit: a batch has at least one row")
     generator = torch.Generator().manual_seed(seed)
@@ -72,3 +72,27 @@ def batches(steps: int, rows: int, context: int, seed: int = 0) -> Iterator[tupl
         return data[position], data[position + 1]
 
     return (batch() for _ in range(steps))
+
+
+class Windows(Dataset):
+    """The corpus as rows for `minipar.Loader`, side by side: row i is (tokens, targets), each (context,) int64.
+
+    ValueError for a context that the corpus cannot fill.
+    """
+
+    def __init__(self, context: int):
+        _check_context(context)
+        self.context = context
+
+    def __len__(self) -> int:
+        return (len(tokens()) - 1) // self.context
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        window = tokens()[row * self.context :][: self.context + 1]
+        return window[:-1], window[1:]
+
+
+def _check_context(context: int) -> None:
+    most = len(tokens()) - 1
+    if not 0 < context <= most:
+        raise ValueError(f"context={context} does not fit: the corpus has {most + 1} tokens, so 1 to {most}")

@@ -587,6 +587,13 @@ class Parallel:
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from self.owned.values()
 
+    def counts(self, name: str) -> bool:
+        """Whether this rank's part of a parameter is the first of all its copies on the mesh."""
+        whole = self.here[name]
+        counted = self.owner[min(self.homes[name])] == self.pp.index
+        counted &= cut.is_cut(whole, self.tp) or self.tp.index == 0
+        return counted and (name in self.units or self._replicas(whole).index == 0)
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm over the whole mesh is at most max_norm. Returns the norm before.
 
@@ -594,14 +601,10 @@ class Parallel:
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, parameter in self.owned.items():
-            whole = self.here[name]
-            counted = self.owner[min(self.homes[name])] == self.pp.index
-            counted &= cut.is_cut(whole, self.tp) or self.tp.index == 0
-            counted &= name in self.units or self._replicas(whole).index == 0
             if parameter.grad is None:
                 continue
             square = together(parameter.grad.double().square().sum())
-            if counted:
+            if self.counts(name):
                 squares += square
         norm = all_reduce(all_reduce(all_reduce(squares, self.tp), self.pp), self.replicas).sqrt()
         factor = max_norm / (norm.item() + 1e-6)

@@ -91,10 +91,13 @@ class Unit:
         start_all_gather(share, self.axis, whole).wait()
         return self.views(whole)
 
+    def start(self, name: str) -> int:
+        """Where in a parameter, counted row by row, this rank's own elements begin."""
+        return max(self.axis.index * self.share - self.places[name][0], 0)
+
     def take(self, name: str, whole: Tensor) -> Tensor:
         """What this rank owns of a whole parameter, 1-d."""
-        start = max(self.axis.index * self.share - self.places[name][0], 0)
-        return whole.flatten()[start:][: len(self.owned(self.own)[name])]
+        return whole.flatten()[self.start(name) :][: len(self.owned(self.own)[name])]
 
     def load(self, name: str, whole: Tensor) -> None:
         self.owned(self.own)[name].copy_(self.take(name, whole))
