@@ -158,7 +158,7 @@ def _optimizer_pieces(model: Parallel, optimizer: torch.optim.Optimizer) -> dict
     found = {}
     for name, p in model.named_parameters():
         for what, x in optimizer.state.get(p, {}).items():
-            if isinstance(x, Tensor) and x.shape == p.shape:
+            if isinstance(x, Tensor) and x.shape == p.shape and (p.dim() or what != "step"):
                 found[f"optimizer/{what}/{name}"] = piece(model, name, x)
             elif isinstance(x, Tensor) and x.dim() == 0:
                 found[f"scalar/{what}/{name}"] = whole(x)
