@@ -5,6 +5,7 @@ the same global batches. The position is counted in rows of the global order tha
 matter how many were prefetched, nor which layout comes next.
 """
 
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from .collectives import bounds
 from .train import Parallel
 
+FORK = "fork" if sys.platform == "linux" else None  # workers get the dataset as it is, also one from a notebook cell
 ORDER = ("size", "seed", "shuffle")  # what the order of rows follows from, beside the epoch
 
 
@@ -86,6 +88,7 @@ class Loader:
             batch_sampler=[order[self._mine(batch)].tolist() for batch in batches],
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
+            multiprocessing_context=FORK if self.workers else None,
             collate_fn=self.collate,
             generator=self._draw(),  # for the workers' seeds: the caller's random numbers go on undisturbed
         )

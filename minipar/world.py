@@ -181,7 +181,7 @@ def main(
     _check_call(fn, args, kwargs)
     local_rank, local_ranks = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    settle(rank, size, local_rank, local_ranks, device or "auto")
+    settle(rank, size, local_rank, local_ranks, device or "auto", store=_store(rank, size))
     try:
         sow(seed)
         answers: list[Any] = [None] * size
@@ -193,6 +193,15 @@ def main(
 
 def _under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Where torchrun's ranks find each other. Its store outlives a restart, and with it the addresses of ranks that are
+    gone: each attempt gets a part of its own. Several nodes each count their own attempts, so there it is the whole."""
+    store = next(dist.rendezvous("env://", rank, size))[0]
+    alone = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def _error(crew: Crew, ended: dict[int, Any], verdict: str) -> RankError:

@@ -30,12 +30,14 @@ BESIDE = {  # on no floor: what each may import
     "viz": {"mesh", "schedule", "timeline"},
     "widgets": {"mesh", "schedule", "timeline", "viz"},
     "corpus": set(),
+    "checkpoint": {"collectives", "train", "world"},
+    "loading": {"collectives", "train"},
     "magic": {"rank", "world"},
     "doctor": {"rank", "world"},
-    "cli": ENGINE | {"corpus"},
+    "cli": ENGINE | {"corpus", "checkpoint"},
     "course": {"world", "crew", "train"},  # what it loads before ranks are forked
     "__main__": {"cli", "doctor", "course"},
-    "__init__": ENGINE | {"magic"},
+    "__init__": ENGINE | {"magic", "checkpoint", "loading"},
 }
 ONLY_IN = {"torch.cuda": {"device"}, "os.environ": {"rank", "world"}, "os.getenv": set()}
 
