@@ -9,7 +9,8 @@ torch.distributed.checkpoint finds the overlaps. It would pickle its plans and m
 and metadata are the headers of the safetensors files. Nothing is ever unpickled.
 
 A checkpoint is there once its folder has its name, and that is one rename, after everything else. All ranks must see
-the same folder. The caller's random numbers are not kept, and an optimizer must work element by element.
+the same folder. The caller's random numbers are not kept, an optimizer must work element by element, and stages that
+`wrap` has sharded are refused.
 """
 
 import json
@@ -50,6 +51,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
 
 from .collectives import all_gather, everyone
 from .train import Parallel
@@ -115,6 +117,11 @@ def boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
 
 def piece(model: Parallel, name: str, owned: Tensor) -> Piece:
     """owned: this rank's part of a parameter, or of something that is cut as it is."""
+    if isinstance(owned, DTensor):
+        raise ValueError(
+            f"{name!r} is a DTensor, such as fully_shard makes: zero=3 shards in a way that can be saved, and save_weights "
+            "writes the weights of any layout"
+        )
     runs = places(model, name)
     share = tuple(sum(length for *_, length in some) for some in runs)
     start = model.units[name].start(name) if name in model.units else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import corpus
+from .checkpoint import latest, load, save
 from .collectives import all_reduce, everyone
 from .mesh import Mesh
 from .model import Config, gpt
@@ -26,7 +28,7 @@ from .rank import here
 from .recompute import HOW
 from .schedule import gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
 from .tensor import cross_entropy
-from .train import parallelize
+from .train import Parallel, parallelize
 from .world import RankError, main
 
 if TYPE_CHECKING:
@@ -91,6 +93,9 @@ def add_commands(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and dropout")
     run.add_argument("--check", action="store_true", help="compare all gradients with one process, in float64")
     run.add_argument("--trace", type=Path, metavar="FILE", help="write the last step for ui.perfetto.dev")
+    run.add_argument("--save", type=Path, metavar="FOLDER", help="write checkpoints there, one at the end in any case")
+    run.add_argument("--save-every", type=whole, default=100, metavar="N", help="steps between two checkpoints")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --save FOLDER, if any")
     parser.set_defaults(run=train)
 
 
@@ -150,6 +155,16 @@ def _shapes(options: argparse.Namespace) -> tuple[Mesh, Config]:
     if options.rows < parts:
         what = f"{options.dp * options.ep} data ranks x {options.microbatches} microbatches"
         raise ValueError(f"--rows {options.rows} is too few for {what}: at least {parts}")
+    if options.check and options.resume:
+        raise ValueError("--check compares from the first step on: it does not go with --resume")
+    if options.resume and not options.save:
+        raise ValueError("--resume needs --save FOLDER, where the checkpoints are")
+    if options.save and options.save.exists() and not options.save.is_dir():
+        raise ValueError(f"--save {options.save}: it must be a folder")
+    if options.save and not options.resume and (newest := latest(options.save)):
+        raise ValueError(
+            f"--save {options.save} has {newest.name}: go on from it with --resume, or name another folder"
+        )
     if options.check and options.dropout:
         raise ValueError("--check fits --dropout 0 only: one process drops something else")
     if options.check and DTYPES[options.dtype]:
@@ -166,9 +181,9 @@ def _show_progress(listener: Listener, steps: int) -> None:
     """A bar that rank 0 moves. What ranks print gets here line by line, so a bar cannot be drawn there."""
     with suppress(OSError, EOFError), listener.accept() as rank, _bar(steps) as bar:
         while True:
-            loss, speed = rank.recv()
+            step, loss, speed = rank.recv()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            bar.update()
+            bar.update(step - bar.n)
 
 
 def _bar(steps: int) -> tqdm:
@@ -216,9 +231,15 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
         return error
     optimizer = torch.optim.AdamW(model.parameters(), options.lr)
     reference = torch.optim.AdamW(alone.parameters(), options.lr)
+    batches = {name: getattr(options, name) for name in ("rows", "context", "seed")}
+    if options.resume and latest(options.save):
+        try:
+            _resume(options, model, optimizer, batches)
+        except ValueError as error:
+            return error
     losses, differences, seconds = [], [], 0.0
     with _progress(where) as tell:
-        for tokens, targets in corpus.batches(options.steps, options.rows, options.context, options.seed):
+        for tokens, targets in islice(corpus.batches(options.steps, **batches), model.steps, None):
             start = time.perf_counter()
             losses.append(model.step(tokens, targets).item())
             seconds += time.perf_counter() - start
@@ -232,7 +253,9 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
             optimizer.step()
             optimizer.zero_grad()
             seconds += time.perf_counter() - start
-            tell((losses[-1], len(losses) * tokens.numel() / seconds))
+            if options.save and (model.steps % options.save_every == 0 or model.steps == options.steps):
+                save(options.save, model, optimizer, batches=batches)
+            tell((model.steps, losses[-1], len(losses) * tokens.numel() / seconds))
     timeline = model.timeline()
     prompt = torch.tensor([corpus.tokenizer().encode(PROMPT).ids])
     written = model.generate(prompt, NEW_TOKENS, temperature=0.7, seed=options.seed)
@@ -243,6 +266,18 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
     text = " ".join(corpus.tokenizer().decode(written[0].tolist()).split())
     difference = torch.tensor(differences).max().item() if options.check else None
     return Report(losses, len(losses) * tokens.numel() / seconds, difference, text)
+
+
+def _resume(
+    options: argparse.Namespace, model: Parallel, optimizer: torch.optim.Optimizer, batches: dict[str, int]
+) -> None:
+    """Take up the newest checkpoint. ValueError if it does not fit these options."""
+    kept = load(options.save, model, optimizer)["batches"]
+    for name, value in batches.items():
+        if kept[name] != value:
+            raise ValueError(f"--{name} {value}: the run in {options.save} had --{name} {kept[name]}")
+    if model.steps >= options.steps:
+        raise ValueError(f"--steps {options.steps}: the run in {options.save} is at step {model.steps} already")
 
 
 @contextmanager

@@ -87,6 +87,28 @@ def test_every_layout_and_launcher_trains_to_the_same_loss(capsys):
     assert _loss(launched.stdout) == alone
 
 
+def test_a_run_goes_on_from_its_checkpoint_on_another_layout(tmp_path, capsys):
+    def last_loss(arguments: str, steps: str) -> str:
+        code = main(["train", *SMALL.replace("--steps 2", f"--steps {steps}").split(), *arguments.split()])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        assert f"{steps}/{steps}" in err, "the bar counts the steps before, too"
+        return re.search(r"-> (\S+) in", out)[1]
+
+    wanted = last_loss("--dropout 0.1", "5")
+    last_loss(f"--dropout 0.1 --tp 2 --save {tmp_path} --save-every 2", "3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    assert last_loss(f"--dropout 0.1 --dp 2 --save {tmp_path} --resume", "5") == wanted
+    for arguments, said in {
+        f"--save {tmp_path}": "has step-000005: go on from it with --resume, or name another folder",
+        f"--save {tmp_path} --resume": f"--steps 2: the run in {tmp_path} is at step 5 already",
+        f"--save {tmp_path} --resume --seed 3": f"--seed 3: the run in {tmp_path} had --seed 0",
+        f"--save {tmp_path} --resume --depth 3": "(16 tensors of the model are missing)",
+    }.items():
+        assert main(["train", *SMALL.split(), *arguments.split()]) == 2
+        assert said in capsys.readouterr().err
+
+
 def _loss(said: str) -> str:
     (line,) = re.findall(r"^Mesh\(.*\): loss (\S+ -> \S+) in 2 steps", said, re.M)
     return line
@@ -131,6 +153,9 @@ def test_the_check_sees_a_wrong_gradient(capsys):
         ("--layers 4", "unrecognized arguments: --layers 4"),
         ("--context 9999999", "context=9999999 does not fit: the corpus has"),
         ("--dropout 1.5", "dropout=1.5"),
+        ("--resume", "--resume needs --save FOLDER, where the checkpoints are"),
+        ("--check --resume", "--check compares from the first step on: it does not go with --resume"),
+        ("--save pyproject.toml", "--save pyproject.toml: it must be a folder"),
         ("--check --dropout 0.1", "--check fits --dropout 0 only"),
         ("--check --dtype bfloat16", "--check fits --dtype float32 only"),
         ("--trace no/such/folder.json", "--trace no/such/folder.json: it must be a file in a folder that"),
