@@ -119,8 +119,8 @@ def piece(model: Parallel, name: str, owned: Tensor) -> Piece:
     """owned: this rank's part of a parameter, or of something that is cut as it is."""
     if isinstance(owned, DTensor):
         raise ValueError(
-            f"{name!r} is a DTensor, such as fully_shard makes: zero=3 shards in a way that can be saved, and save_weights "
-            "writes the weights of any layout"
+            f"{name!r} is a DTensor, such as fully_shard makes: zero=3 shards in a way that can be saved, and "
+            "save_weights writes the weights of any layout"
         )
     runs = places(model, name)
     share = tuple(sum(length for *_, length in some) for some in runs)
