@@ -54,6 +54,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from .collectives import all_gather, everyone
+from .cut import cuts
 from .train import Parallel
 from .world import here
 
@@ -79,9 +80,8 @@ class Piece:
 def places(model: Parallel, name: str) -> list[list[Run]]:
     """Where this rank's share of a parameter lies in the whole: runs for each dim."""
     runs = [[(0, 0, size)] for size in model.shapes[name]]
-    cut = getattr(model.here[name], "cut", None)
-    if cut:
-        runs[cut.dim] = consecutive(cut.shares[model.tp.index].tolist())
+    for cut in cuts(model.here[name]):
+        runs[cut.dim] = consecutive(cut.shares[cut.axis.index].tolist())
     return runs
 
 

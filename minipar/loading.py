@@ -61,7 +61,7 @@ class Loader:
 
     def _check(self) -> None:
         least = self.axis.size * self.microbatches
-        what = f"dp={self.axis.size} x {self.microbatches} microbatches"
+        what = f"{self.axis.name}={self.axis.size} x {self.microbatches} microbatches"
         sizes = [len(batch) for batch in self._batches()]
         if not sizes:
             raise ValueError(f"there is no batch of {self.rows} rows in {self.size}")

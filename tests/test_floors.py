@@ -30,7 +30,7 @@ BESIDE = {  # on no floor: what each may import
     "viz": {"mesh", "schedule", "timeline"},
     "widgets": {"mesh", "schedule", "timeline", "viz"},
     "corpus": set(),
-    "checkpoint": {"collectives", "train", "world"},
+    "checkpoint": {"collectives", "cut", "train", "world"},
     "loading": {"collectives", "train"},
     "magic": {"rank", "world"},
     "doctor": {"rank", "world"},

@@ -44,7 +44,7 @@ class Texts(Dataset):
 
 def seat(index=0, size=1, microbatches=1):
     """What a Loader asks of a model: its data axis, and its microbatches."""
-    return SimpleNamespace(dp=SimpleNamespace(index=index, size=size), microbatches=microbatches)
+    return SimpleNamespace(dp=SimpleNamespace(name="dp", index=index, size=size), microbatches=microbatches)
 
 
 def global_batches(size, dp, rows, epochs=1, **options):
