@@ -52,6 +52,8 @@ class Loader:
         prefetch: int = 2,
         collate: Callable[[list[Any]], Any] | None = None,
     ):
+        if type(rows) is not int or rows < 1:
+            raise ValueError(f"rows={rows!r}: a whole number, at least 1")
         self.dataset, self.rows, self.axis, self.microbatches = dataset, rows, model.dp, model.microbatches
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.workers, self.prefetch, self.collate = workers, prefetch, collate

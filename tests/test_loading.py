@@ -187,6 +187,7 @@ def test_the_corpus_is_rows_side_by_side():
         (50, 8, {"size": 2, "microbatches": 2}, "the last batch of 50 rows by 8 has 2, too few for dp=2 x 2 microb"),
         (50, 8, {"size": 2, "microbatches": 2}, "drop_last=True leaves it out, rows=5 or 9 or 10 would fit"),
         (50, 3, {"size": 2, "microbatches": 2}, "batches of 3 rows are too few for dp=2 x 2 microbatches: give at l"),
+        (9, 0, {}, "rows=0: a whole number, at least 1"),
         (0, 3, {}, "there is no batch of 3 rows in 0"),
     ],
 )
