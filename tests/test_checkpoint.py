@@ -19,6 +19,7 @@ from laws import batch_of, model_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import minipar
 from minipar import Config, Mesh, RankError, checkpoint, here, parallelize
@@ -508,6 +509,16 @@ def test_what_cannot_be_saved_is_refused_in_one_line(optimize, extra, said, tmp_
     answer = refused(lambda: minipar.save(tmp_path, *trained(optimize=optimize), **extra))
     assert said in answer and "\n" not in answer
     assert minipar.latest(tmp_path) is None
+
+
+def test_a_stage_that_fully_shard_has_cut_is_refused(tmp_path, world2):
+    def save(folder):
+        wrap = lambda stage, device_mesh: fully_shard(stage, mesh=device_mesh["dp"])  # noqa: E731
+        model = parallelize(gpt(), Mesh(dp=2), wrap=wrap)
+        return refused(minipar.save, folder, model, sgd(model))
+
+    for answer in world2.run(save, tmp_path):
+        assert "is a DTensor, such as fully_shard makes: zero=3 shards in a way that can be saved" in answer
 
 
 def test_a_run_behind_a_checkpoint_does_not_save_over_it(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -41,9 +42,9 @@ def losses(said):
     return ast.literal_eval(line)
 
 
-def test_a_run_that_loses_a_rank_in_mid_step_has_the_losses_of_an_undisturbed_run(tmp_path, process):
-    undisturbed = process(SCRIPT, tmp_path / "undisturbed", f"--steps={STEPS}", f"--every={EVERY}")
-    wanted = losses(undisturbed.communicate(timeout=DEADLINE)[0])
+def test_a_run_that_loses_a_rank_in_mid_step_has_the_losses_of_an_undisturbed_run(tmp_path, process, world4):
+    train = runpy.run_path(str(SCRIPT))["train"]
+    wanted = world4.run(train, tmp_path / "undisturbed", STEPS, EVERY)[0]
     assert len(set(wanted)) == STEPS
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--max-restarts=2"]
