@@ -4,7 +4,7 @@
 
 torchrun notices that a process is gone, ends the others and starts all of them again; what they find in FOLDER says
 where to go on. Losses are those of a run that nothing happened to, to the last bit. On several nodes set
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else new ranks look for the old ones (pytorch issue 135712).
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else new ranks look for the old ones.
 """
 
 import argparse
