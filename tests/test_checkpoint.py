@@ -212,6 +212,16 @@ def test_parameters_of_no_dims_frozen_ones_and_buffers_come_back(tmp_path, world
     assert problems([load_all(tmp_path, Mesh(), ODD)], wanted, ODD) == []
 
 
+def test_experts_come_back_on_another_mesh(tmp_path, world4):
+    def mixture(seed=0):
+        return model_of(other(experts=4, dropout=0.0), seed)
+
+    runs = {"whole": (mixture, adamw, {}, {"zero": 1}), "shares": (mixture, adamw, {"zero": 1}, {})}
+    wanted = world4.run(save_all, tmp_path, Mesh(ep=2, tp=2), runs)
+    assert problems(world4.run(load_all, tmp_path, Mesh(dp=2, ep=2), runs), wanted, runs) == []
+    assert problems([load_all(tmp_path, Mesh(), runs)], wanted, runs) == []
+
+
 def test_on_the_same_layout_a_run_goes_on_as_if_nothing_had_been(saved, world8):
     """With dropout, to the last bit."""
     folder, answers = saved
