@@ -28,15 +28,17 @@ class Cut:
         """This rank's share of a whole tensor."""
         return whole.index_select(self.dim, self.shares[self.axis.index].to(whole.device))
 
-    def put_together(self, share: Tensor) -> Tensor:
-        """The whole tensor, on every rank of the axis. A collective."""
+    def pad(self, share: Tensor) -> Tensor:
+        """A share as long as the longest: (widest, ...), with the dim that was cut in front."""
         share = share.movedim(self.dim, 0)
-        widest = max(map(len, self.shares))
-        padded = torch.cat([share, share.new_zeros((widest - len(share), *share.shape[1:]))])
-        parts = self.axis.transport.all_gather(padded).wait()
-        whole = share.new_empty((self.size, *share.shape[1:]))
-        for part, places in zip(parts, self.shares, strict=True):
-            whole[places.to(whole.device)] = part[: len(places)]
+        missing = max(map(len, self.shares)) - len(share)
+        return torch.cat([share, share.new_zeros((missing, *share.shape[1:]))])
+
+    def join(self, shares: Tensor) -> Tensor:
+        """Every rank's share, padded, (n, widest, ...) -> the whole tensor."""
+        whole = shares.new_empty((self.size, *shares.shape[2:]))
+        for share, places in zip(shares, self.shares, strict=True):
+            whole[places.to(whole.device)] = share[: len(places)]
         return whole.movedim(0, self.dim)
 
 
@@ -69,11 +71,20 @@ def take(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     return whole
 
 
-def put_together(parameter: nn.Parameter, share: Tensor) -> Tensor:
-    """The whole of `share`, which is the parameter's own data or its gradient. A collective."""
-    for cut in reversed(cuts(parameter)):
-        share = cut.put_together(share)
-    return share
+def put_together(parameters: Iterable[nn.Parameter], shares: Iterable[Tensor]) -> list[Tensor]:
+    """The wholes of shares, which are the parameters' own data or their gradients, all of one dtype. One all-gather for
+    each axis along which they are cut last, then those along which they were cut before."""
+    shares, left = list(shares), [list(cuts(p)) for p in parameters]
+    while any(left):
+        axis = next(some[-1].axis for some in left if some)
+        chosen = [i for i, some in enumerate(left) if some and some[-1].axis.name == axis.name]
+        last = [left[i].pop() for i in chosen]
+        padded = [cut.pad(shares[i]) for i, cut in zip(chosen, last, strict=True)]
+        parts = axis.transport.all_gather(torch.cat([x.flatten() for x in padded])).wait()  # (n, elements)
+        columns = parts.split([x.numel() for x in padded], 1)
+        for i, cut, x, column in zip(chosen, last, padded, columns, strict=True):
+            shares[i] = cut.join(column.reshape(axis.size, *x.shape))
+    return shares
 
 
 def widest(parameters: Iterable[nn.Parameter], axis: Axis) -> int:

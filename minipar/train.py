@@ -615,13 +615,11 @@ class Parallel:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient, whole, on every rank, under the keys of the original `named_parameters()` (tied: once)."""
-        owned = self._put_together("grad")
-        return {name: self._whole(name, "grad", owned) for name in self.everything if name in self.trained}
+        return self._wholes([name for name in self.everything if name in self.trained], "grad")
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer, whole, on every rank, under the keys of the original `state_dict()`."""
-        owned = self._put_together("data")
-        whole = {name: self._whole(name, "data", owned) for name in self.everything}
+        whole = self._wholes(list(self.everything), "data")
         whole |= {key: self._whole_buffer(key) for key in self.buffers}
         return {key: whole[name] for key, name in self.state_names.items()}
 
@@ -645,8 +643,29 @@ class Parallel:
             if self._owner_of_buffer(key) == self.pp.index:
                 self.module.get_buffer(key).copy_(state[key])
 
-    def _put_together(self, what: str) -> dict[str, Tensor]:
-        """What the data ranks share out, by name. A collective."""
+    def _wholes(self, names: list[str], what: str) -> dict[str, Tensor]:
+        """Whole parameters or gradients ("data", "grad"), from the first of their stages to all. A collective."""
+        shared, found = self._shared(what), dict[str, Tensor]()
+        by_root: dict[tuple, list[str]] = defaultdict(list)
+        for name in names:
+            by_root[self.owner[min(self.homes[name])], self.everything[name].dtype].append(name)
+        for (root, dtype), some in by_root.items():
+            sizes = [self.shapes[name].numel() for name in some]
+            if root == self.pp.index:
+                values = []
+                for name in some:
+                    value = shared.get(name, getattr(self.owned.get(name, self.everything[name]), what))
+                    values.append(torch.zeros_like(self.everything[name]) if value is None else value.detach())
+                wholes = cut.put_together([self.everything[name] for name in some], values)
+                flat = torch.cat([x.flatten() for x in wholes])
+            else:
+                flat = torch.empty(sum(sizes), dtype=dtype, device=self.device)
+            parts = broadcast(flat, self.pp, root).split(sizes)
+            found |= {name: x.view(self.shapes[name]).clone() for name, x in zip(some, parts, strict=True)}
+        return {name: found[name] for name in names}
+
+    def _shared(self, what: str) -> dict[str, Tensor]:
+        """What the data ranks share out, whole again, by name. A collective."""
         found: dict[str, Tensor] = {}
         for some in self.shares.values():
             for unit in some.units:
@@ -655,17 +674,6 @@ class Parallel:
             if isinstance(value := getattr(parameter, what), DTensor):
                 found[name] = value.full_tensor()
         return found
-
-    def _whole(self, name: str, what: str, put_together: dict[str, Tensor]) -> Tensor:
-        """The whole parameter or gradient, from the first of its stages to all. A collective."""
-        root, parameter = self.owner[min(self.homes[name])], self.everything[name]
-        if root == self.pp.index:
-            value = put_together.get(name, getattr(self.owned.get(name, parameter), what))
-            value = torch.zeros_like(parameter) if value is None else value.detach()
-            value = cut.put_together(parameter, value)
-        else:
-            value = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)
-        return broadcast(value, self.pp, root)
 
     def _whole_buffer(self, key: str) -> Tensor:
         root = self._owner_of_buffer(key)
