@@ -82,7 +82,7 @@ class Deferral(TorchFunctionMode):
     @property
     def meanwhile(self) -> Callable[[], None]:
         """What to do while the gradient that enters here travels."""
-        return _nothing if self.holds else self.now.run
+        return (lambda: None) if self.holds else self.now.run
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear, whose backward puts the weight's gradient off. All other gradients come with it."""
@@ -151,9 +151,6 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     return [x if x is None or x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors]
-
-
-def _nothing() -> None: ...
 
 
 class _Linear(torch.autograd.Function):

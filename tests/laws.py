@@ -162,6 +162,7 @@ def differences(
 def double_precision():
     """Some models compute parts in float32 on purpose; here they do it in float64, so that parity is to rounding."""
     import minipar.checkpoint  # noqa: F401  what it imports makes tables of dtypes, once: not in here
+
     single, to_single = torch.float32, Tensor.float
     torch.float32, Tensor.float = torch.float64, Tensor.double
     try:
