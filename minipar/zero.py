@@ -252,7 +252,8 @@ class Shares:
             for unit in [*self.outside, *(self.first if op == Op.F else self.last)]:
                 unit.start_gather()
             for unit in self.outside:
-                unit.gather()
+                if not unit.weights_stay:  # else `refresh` has gathered them
+                    unit.gather()
         if op == Op.B and not self.gradients_stay:
             self.finish()
             self.arm()

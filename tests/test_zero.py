@@ -89,21 +89,22 @@ def units_of(parallel):
 
 
 def booked(layout):
-    """On a rank: bytes of a second step by op, and what travels when all units travel once, by one rank."""
+    """On a rank: bytes of the first and of the second step by op, and what travels when all units travel once."""
     parallel = parallelize(model_of(CONFIG), **layout)
-    batch = batch_of(CONFIG, ROWS, LENGTH)
-    parallel.step(*batch)
-    with ledger() as book:
-        parallel.step(*batch)
+    sent = []
+    for _ in range(2):
+        with ledger() as book:
+            parallel.step(*batch_of(CONFIG, ROWS, LENGTH))
+        sent.append({op: book.bytes("dp", op) for op in ("reduce_scatter", "all_gather")})
     once = sum((unit.axis.size - 1) * unit.share * WORD for unit in units_of(parallel))
     elements = sum(p.numel() for p in parallel.here.values())
     padding = sum(unit.padded for unit in units_of(parallel)) - elements
-    return {op: book.bytes("dp", op) for op in ("reduce_scatter", "all_gather")}, once, padding
+    return sent, once, padding
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.parametrize("mesh", [Mesh(dp=4), Mesh(dp=2, pp=2)], ids=str)
-def test_a_step_sends_what_the_formula_says(world4, mesh, microbatches):
+def test_every_step_sends_what_the_formula_says_the_first_one_too(world4, mesh, microbatches):
     m = microbatches
     for (zero, whole_gradients), (scatters, gathers) in {
         (1, False): (1, 1),
@@ -114,7 +115,8 @@ def test_a_step_sends_what_the_formula_says(world4, mesh, microbatches):
     }.items():
         layout = {"mesh": mesh, "microbatches": m, "zero": zero, "whole_gradients": whole_gradients}
         for sent, once, padding in world4.run(booked, layout):
-            assert sent == {"reduce_scatter": scatters * once, "all_gather": gathers * once}, (zero, whole_gradients)
+            expected = {"reduce_scatter": scatters * once, "all_gather": gathers * once}
+            assert sent == [expected] * 2, (zero, whole_gradients)
             assert 0 <= padding < mesh.dp * 8  # at most d - 1 elements a unit
 
 
