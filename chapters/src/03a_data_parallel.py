@@ -9,15 +9,16 @@
 # - say why ranks merge gradients and not updates, and show it with numbers;
 # - accumulate gradients over microbatches, load data on all ranks, and weigh rows right when shares are unequal;
 # - catch a bug that a loss curve hides;
+# - share out optimizer state, gradients and weights among the ranks (ZeRO), and say what each stage keeps and sends;
 # - compute bytes, time and memory for a model, and say when data parallelism alone is enough.
 #
-# **Time:** about two hours, the exercises not counted. **You need:**
+# **Time:** about three hours, the exercises not counted. **You need:**
 # [Ranks and collectives](02b_ranks_and_collectives.ipynb). The chapter mirrors sections 3.1, 3.2.2 and 3.3.2 of
 # the document that this course follows and tests, an article in Chinese: 《大规模语言模型从理论到实践 混合并行》.
 #
 # **How to read it.** As before: write your prediction into the cell before you run it. Most sections end with the
 # graded tasks that belong to them, in [the exercise notebook](../exercises/03a_data_parallel.ipynb). Tasks are
-# numbered as they stand there. Here they come in the order 1, 2, 3, 8, 5, 7, 4, 9, 6; each stands alone.
+# numbered as they stand there. Here they come in the order 1, 2, 3, 8, 5, 7, 4, 9, 6, 10, 11; each stands alone.
 #
 # ## Three questions on the chapter before
 #
@@ -37,13 +38,17 @@
 import itertools
 import tempfile
 import time
+import weakref
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import minipar
-from minipar import Config, Mesh, World, connect, corpus, ledger, parallelize, viz
-from minipar.collectives import all_reduce, bounds, start_all_reduce
+from minipar import Config, Mesh, World, connect, corpus, ledger, parallelize, viz, zero
+from minipar.collectives import all_gather, all_reduce, bounds, reduce_scatter, start_all_reduce
 from minipar.data import BUCKET, Gradients, rows
 from minipar.rings import ring_all_reduce
 from minipar.widgets import explore
@@ -1042,7 +1047,7 @@ for network, (counting, per_rank) in itertools.product(NETWORKS, PER_STEP.items(
 #
 # Latency comes on top: 2(n − 1)α, for a small model as for a large one. On 1,024 ranks and 400 Gbit/s it is 0.02 s.
 # For 7 billion parameters, whose bytes take 0.56 s, it hardly counts. For 125 million, whose bytes take 0.01 s, it is
-# two thirds of the sending. So a small model on many ranks needs more than $S/B$ tokens: see the table in section 10.
+# two thirds of the sending. So a small model on many ranks needs more than $S/B$ tokens: see the table in section 14.
 
 # %%
 for network, (_, bandwidth) in NETWORKS.items():
@@ -1105,15 +1110,466 @@ viz.show(viz.draw_bars(names, sizes, "GB", "A 7B model with Adam in mixed precis
 
 # %% [markdown] lang="en"
 # The bars do not shrink. 112 GB on each rank, 84 of them optimizer state, do not fit a GPU of 80 GB, and no number of
-# GPUs changes that. The document says that data parallelism "may lead to lack of memory" (3.3.2). More exactly: it
-# does not cause the lack, it does not cure it. A replica needs what one process needs. What does fall is the memory
-# for **activations**, the intermediate results that backward needs: they go with the rows on a rank.
+# GPUs changes that, as long as each keeps all of it. The document says that data parallelism "may lead to lack of
+# memory" (3.3.2). More exactly: it does not cause the lack, it does not cure it. A replica needs what one process
+# needs. What does fall is the memory for **activations**, the intermediate results that backward needs: they go with
+# the rows on a rank.
 #
 # It also lists lower cost as an advantage. Computing is the same work whether one rank does all rows or four do a
 # quarter each, and sending comes on top. The hours fall, the *GPU-hours*, which are what one pays for, do not: see the
 # last column of the estimate in section 8.
 #
-# ## 10. When is data parallelism alone enough?
+# ## 10. Between the two halves of an all-reduce
+#
+# After the sum, all four ranks hold the same gradient, take the same step, and keep the same optimizer state. Three of
+# them do it for nothing. Could each do a quarter of it?
+#
+# An all-reduce is a *reduce-scatter* and an *all-gather* (chapter 2b). After the first half each rank has the sum of
+# one quarter of the gradient, its **share**. The second half brings the shares to everyone. Now, to update a quarter
+# of the weights, a quarter of the gradient is enough: Adam treats each number by itself. So take the step *between* the
+# two halves, and gather weights instead of gradients. This is stage 1 of **ZeRO**, the *zero redundancy optimizer*
+# (Rajbhandari et al. 2020). Four ranks with four weights, for real:
+
+
+# %%
+def four_weights():
+    axis = connect(Mesh(dp=4))["dp"]
+    gradients = torch.tensor([10.0, 20, 30, 40]) + axis.index  # of this rank's rows
+    mean = reduce_scatter(gradients, axis) / axis.size
+    stepped = torch.tensor([18.0, 28, 38, 48])[axis.index] - 0.1 * mean  # SGD, on one weight only
+    return gradients, mean, stepped, all_gather(stepped, axis)
+
+
+moments = ("each rank's gradients", "reduce-scatter, ÷ 4", "step", "all-gather: weights")
+held = zip(*world.run(four_weights), strict=True)
+table = {what: [x.tolist() for x in ranks] for what, ranks in zip(moments, held, strict=True)}
+viz.show(viz.draw_tensors(table, hue=lambda value: int(value / 10) - 1))
+
+# %% [markdown] lang="en"
+# **Question.** Train our GPT like this, with AdamW in float64, for three steps. How many bytes does each rank send in
+# a step? How many bytes of optimizer state does it keep, when one process keeps 2 $M$? And how far from the weights of
+# one process does it end?
+#
+# All shares must be equally long, so zeros are put behind the last number where they do not divide: **padding**.
+
+# %%
+prediction = None  # (bytes sent in a step, bytes of state, distance)
+
+
+def padded(flat, axis):
+    return F.pad(flat, (0, -len(flat) % axis.size))  # at most size - 1 zeros
+
+
+def my_share(tensors, axis):
+    flat = torch.cat([x.detach().flatten() for x in tensors])
+    return padded(flat, axis).view(axis.size, -1)[axis.index].clone()
+
+
+def sharded_step(model, own, optimizer, axis):
+    """own: this rank's share of the weights, all that `optimizer` knows of."""
+    own.grad = reduce_scatter(padded(gradient(model), axis), axis) / axis.size  # the first half,
+    optimizer.step()
+    whole = all_gather(own, axis)  # and the second
+    nn.utils.vector_to_parameters(whole, model.parameters())  # what is behind them is padding
+    model.zero_grad()
+
+
+# %%
+def train_in_shares(batches):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    own = my_share(model.parameters(), axis)
+    optimizer = torch.optim.AdamW([own], lr=1e-3)
+    with ledger() as book:
+        for batch in batches:
+            mean_loss(model, *my_rows(axis, *batch)).backward()
+            sharded_step(model, own, optimizer, axis)
+    state = sum(x.nbytes for x in optimizer.state[own].values() if x.dim())  # all but the number of steps
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), book.bytes("dp"), state
+
+
+def train_alone(batches):
+    model = fresh()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in batches:
+        optimizer.zero_grad()
+        mean_loss(model, *batch).backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+# %%
+three = batches[:3]
+start = nn.utils.parameters_to_vector(fresh().parameters()).detach()
+moved_alone = train_alone(three) - start
+for after, sent, state in world.run(train_in_shares, three):
+    off = distance(after - start, moved_alone)
+    assert off < 1e-9 and sent == 3 * 2 * 3 / 4 * M and state == 2 * M / 4
+print("you wrote:", prediction)
+print(f"each rank: {sent // 3:,} bytes a step, {state:,} bytes of state, distance {off:.0e}")
+
+# %% [markdown] lang="en"
+# The bytes of an all-reduce, a quarter of the state, a quarter of the optimizer's work, and the weights of one process.
+# There are two conditions:
+#
+# - The optimizer must be **elementwise**: what it does to a number depends on that number's gradients only. SGD,
+#   momentum and Adam are. One that works on whole matrices, such as Shampoo or Muon, needs them in one place.
+# - **Clipping** needs the norm of the *whole* gradient. Each rank sums the squares of its share, and one number more
+#   goes around. A rank that clips by the norm of its share alone has a bug that no loss curve shows.
+#
+# **The package's version**, `parallelize(..., zero=1)`. A `Unit` is what a bucket was, parameters that travel together:
+
+# %%
+viz.show_source(zero.Unit.start_reduce, zero.Unit.finish_reduce, zero.Shares.refresh)
+
+# %% [markdown] lang="en"
+# What is better than in ours: gradients are views into the unit, and the share of the weights is a view into the whole
+# ones, so nothing is packed and nothing unpacked. Each unit's reduce-scatter sets off from the hooks while backward
+# runs, as in section 4. The second half cannot hide there, since it comes after the step. `refresh` starts it for all
+# units before it waits for the first.
+#
+# **Exercise:** [task 03a.10](../exercises/03a_data_parallel.ipynb): take the step between the two halves.
+#
+# ## 11. Gradients in shares
+#
+# After the reduce-scatter a rank reads its share of the gradient and nothing of the rest. Why keep the rest? In
+# **stage 2** it is dropped: 4 bytes a parameter become 4/n.
+#
+# There is a price. Section 5 let `backward()` add up the gradients of several microbatches, and sent them once. But
+# they were added up in whole gradients. Without these, each microbatch's gradient has to go to its owners at once.
+#
+# **Question.** How many bytes does a rank send in a step, weights included, with 1, 2 and 4 microbatches? Count in
+# units of 3/4 $M$, of which stage 1 sends two.
+
+# %%
+prediction = None  # for instance [2, 2, 2]
+
+
+def accumulate_shares(tokens, targets, microbatches):
+    axis, model = connect(Mesh(dp=4))["dp"], fresh()
+    share = torch.zeros_like(my_share(model.parameters(), axis))
+    batch = [rows(x, microbatches) for x in my_rows(axis, tokens, targets)]
+    with ledger() as book:
+        for part in zip(*batch, strict=True):
+            (mean_loss(model, *part) / microbatches / axis.size).backward()
+            share += reduce_scatter(padded(gradient(model), axis), axis)
+            model.zero_grad()  # nothing whole is left
+        all_gather(share, axis)  # the step and its weights, as before: here only for its bytes
+    return share, book.bytes("dp")
+
+
+# %%
+found = []
+for microbatches in (1, 2, 4):
+    shares, sent = zip(*world.run(accumulate_shares, *twice, microbatches), strict=True)
+    assert distance(torch.cat(shares)[:P], alone) < 1e-12  # side by side they are the gradient of one process
+    found.append(sent[0] / (3 / 4 * M))
+    assert found[-1] == microbatches + 1
+print("you wrote:", prediction, "- measured:", found)
+
+# %% [markdown] lang="en"
+# $m + 1$: one reduce-scatter for each of $m$ microbatches, and one all-gather. With one microbatch it is stage 1's
+# traffic, with less memory. With many it is half an all-reduce for each of them.
+#
+# One can have it the other way, and keep whole gradients until the end of the step: then it sends 2 units again, and
+# keeps what stage 1 keeps. It is a trade of memory for bytes, and `parallelize` lets you choose: `zero=2`, and
+# `whole_gradients=True` for the second way.
+#
+# Mind the words *keep* and *hold*: a gradient that is under way still needs its room until it has arrived. What
+# stage 2 saves is what would stay between one microbatch and the next.
+#
+# **Exercise:** [task 03a.11](../exercises/03a_data_parallel.ipynb): mend shares that forget the padding.
+#
+# ## 12. Weights in shares
+#
+# Between two steps, what is a whole set of weights for? To run forward and backward. But those run one block at a
+# time. In **stage 3** a rank keeps its share of each block. Just before a block runs, its weights are gathered;
+# just after, they are freed. In backward the same again. (PyTorch calls this *fully sharded data parallel*, FSDP.)
+#
+# For an attempt we need three tools of PyTorch. `functional_call(part, weights, x)` runs a module with weights that it
+# is given. `checkpoint(f, x)` forgets what `f` computed in forward and runs it again when backward needs it, so what
+# `f` gathers is gone when it ends. And an `autograd.Function` has a backward of our own: the way back through an
+# all-gather is a reduce-scatter.
+
+
+# %%
+class Whole(torch.autograd.Function):
+    """Shares become the whole. Backward: gradients of the whole become shares of their sum."""
+
+    @staticmethod
+    def forward(ctx, own, axis):
+        ctx.axis = axis
+        return all_gather(own, axis)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return reduce_scatter(gradient, ctx.axis), None
+
+
+def run_part(part, own, axis, note, x):
+    whole = Whole.apply(own, axis)
+    note(whole)
+    sizes = [p.numel() for p in part.parameters()]
+    pieces = whole[: sum(sizes)].split(sizes)
+    named = zip(part.named_parameters(), pieces, strict=True)
+    return functional_call(part, {name: piece.view_as(p) for (name, p), piece in named}, x)
+
+
+# %% [markdown] lang="en"
+# **Question.** The model in six parts: embedding, four blocks, head. How many bytes does a rank send in a step with 1
+# and 2 microbatches, again in units of 3/4 $M$? And how many bytes of gathered weights are there at most at a time:
+# about $M$, $M$/2, or $M$/5?
+
+# %%
+prediction = None  # (units for 1 microbatch, units for 2, most at a time)
+
+
+def weights_in_shares(tokens, targets, microbatches):
+    axis, model, alive, there = connect(Mesh(dp=4))["dp"], fresh(), weakref.WeakSet(), []
+    parts = [model.embed, *model.blocks, nn.Sequential(model.norm, model.head)]
+    shares = [my_share(part.parameters(), axis).requires_grad_() for part in parts]
+    model.to("meta")  # shapes stay, numbers go
+
+    def note(whole):
+        alive.add(whole)  # a WeakSet forgets what is freed
+        there.append(sum(x.nbytes for x in alive))
+
+    batch = [rows(x, microbatches) for x in my_rows(axis, tokens, targets)]
+    with ledger() as book:
+        for x, wanted in zip(*batch, strict=True):
+            for part, own in zip(parts, shares, strict=True):
+                x = checkpoint(run_part, part, own, axis, note, x, use_reentrant=False)
+            loss = F.cross_entropy(x.flatten(0, 1), wanted.flatten())
+            (loss / microbatches / axis.size).backward()
+    return [own.grad for own in shares], book.bytes("dp"), max(there)
+
+
+# %%
+found = []
+for microbatches in (1, 2):
+    shares, sent, most = zip(*world.run(weights_in_shares, tokens, targets, microbatches), strict=True)
+    whole = torch.cat([x for part in zip(*shares, strict=True) for x in part])  # part by part, rank by rank
+    assert distance(whole, alone) < 1e-12
+    found.append(sent[0] / (3 / 4 * M))
+    assert found[-1] == 3 * microbatches and 0.2 < max(most) / M < 0.22
+print(f"you wrote: {prediction} - measured: {found}, at most {max(most) / M:.2f} M of weights at a time")
+
+# %% [markdown] lang="en"
+# $3m$: for each microbatch the weights are gathered for forward and once more for backward, and the gradients are
+# scattered. At most one block is whole at any time.
+#
+# **The package's version**, `zero=3`, wraps the forward of each block:
+
+# %%
+viz.show_source(zero.gather_around, zero._exchange, zero._Gather)
+
+# %% [markdown] lang="en"
+# Three things are better than in ours:
+#
+# - **No second forward.** `checkpoint` computes each block twice. What backward needs of forward are activations and
+#   weights, and only the weights went away. So a unit empties the *memory* of its weights (`resize_(0)`) and fills it
+#   again in the same place. All that PyTorch remembered about them is valid again.
+# - **The next one is on its way.** `ahead` starts the gather of the block that comes next (in backward, of the one
+#   before), so it travels while this one computes. Then two blocks are whole at a time, not one.
+# - **In backward it comes in time.** `_Gather` does nothing in forward. It stands at the end of a block, so in
+#   backward it is the first thing that is met, just before the block's own gradients are computed.
+#
+# ## 13. What a stage keeps, and what it sends
+#
+# For $P$ parameters on $n$ ranks in float32 with Adam, and a step of $m$ microbatches (Rajbhandari et al. 2020, who
+# count one microbatch):
+#
+# | stage | weights | gradients | optimizer state | elements sent by each rank, times (n − 1)/n |
+# |---|---|---|---|---|
+# | 0: replicas | 4 P bytes | 4 P | 8 P | 2 P |
+# | 1 | 4 P | 4 P | 8 P/n | 2 P |
+# | 2 | 4 P | 4 P/n | 8 P/n | (m + 1) P, or 2 P with whole gradients |
+# | 3 | 4 P/n | 4 P/n | 8 P/n | 3 m P |
+#
+# This is what is kept between two steps. Strictly, $P$ counts the padding, too. Does the package keep to the table?
+#
+# **Predict:** how many bytes does each of four ranks keep for our GPT at stages 1, 2 and 3? Stage 0 was 16 $P$, in
+# section 9.
+
+# %%
+prediction = None  # (stage 1, stage 2, stage 3)
+
+
+def bytes_kept(stage, ranks, parameters, each=(4, 4, 8)):
+    """Weights, gradients, optimizer state of one rank; `each`: bytes a parameter."""
+    return [size * parameters / (ranks if stage >= 3 - i else 1) for i, size in enumerate(each)]
+
+
+def elements_sent(stage, ranks, parameters, microbatches):
+    return (2, 2, microbatches + 1, 3 * microbatches)[stage] * (ranks - 1) / ranks * parameters
+
+
+def measured(tokens, targets, mesh, stage, microbatches):
+    model = parallelize(fresh(torch.float32), mesh, zero=stage, microbatches=microbatches)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with ledger() as book:
+        model.step(tokens, targets)
+    optimizer.step()
+    units = [unit for shares in model.shares.values() for unit in shares.units]
+    weights = sum(u.own.nbytes if stage == 3 else u.whole.untyped_storage().nbytes() for u in units)
+    left = sum(u.whole.untyped_storage().nbytes() for u in units) if stage == 3 else 0  # not freed
+    gradients = sum(u.gradient.nbytes or u.own_gradient.nbytes for u in units)
+    state = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimizer.state.values())
+    return (weights + left, gradients, state), book.bytes("dp"), sum(u.padded for u in units), len(units)
+
+
+# %%
+kept_at = {0: four[0]}  # of section 9
+for n, stage, microbatches in itertools.product((4, 3), (1, 2, 3), (1, 4)):
+    with World(n) as some:
+        answers = some.run(measured, *twice, Mesh(dp=n), stage, microbatches)
+    for (weights, gradients, state), sent, padded_size, units in answers:
+        formula = bytes_kept(stage, n, padded_size)
+        assert 0 <= padded_size - P < n * units  # less than a number a rank and unit
+        assert [weights, gradients] == formula[:2] and state <= formula[2]  # padding has no state
+        travels = 4 * elements_sent(stage, n, padded_size, microbatches)
+        assert abs(sent - travels - 2 * (n - 1) / n * 16) < 1  # 16 bytes: loss and count, see section 5
+    assert sum(state for (*_, state), *_ in answers) == 8 * P  # each number has one owner
+    if n == 4:
+        kept_at[stage] = answers[0][0]
+    else:
+        print(f"3 ranks, stage {stage}, m = {microbatches}: padding {padded_size - P}, sends {sent:,} bytes")
+print("you wrote:", prediction, "- each of 4 ranks:", *(f"{sum(kept_at[i]):,}" for i in (1, 2, 3)))
+
+# %% [markdown] lang="en"
+# To the byte, padding included. (Padding grows with the number of units: stage 3 has one for each block and one for the
+# rest, here five, the others only one.) As a picture:
+
+# %%
+names = ["0: replicas", "1: states shared out", "2: and gradients", "3: and weights"]
+parts = ("weights", "gradients", "optimizer state")
+sizes = {part: [kept_at[stage][i] / 1e6 for stage in range(4)] for i, part in enumerate(parts)}
+viz.show(viz.draw_bars(names, sizes, "MB on each of 4 ranks, float32, measured", "Stages of ZeRO"))
+
+# %% [markdown] lang="en"
+# And the law: raw gradients, then three steps of AdamW, in float64 against one process.
+
+
+# %%
+def train_at(stage, tokens, targets, batches):
+    model = parallelize(fresh(), Mesh(dp=4), zero=stage, microbatches=2)
+    model.step(tokens, targets)
+    first = whole_gradient(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in batches:
+        model.step(*batch)
+        optimizer.step()
+    return first, torch.cat([w.flatten() for w in model.full_state_dict().values()])
+
+
+for stage in range(4):
+    for got, after in world.run(train_at, stage, tokens, targets, three):
+        off, moved = distance(got, alone), distance(after - start, moved_alone)
+        assert off < 1e-12 and moved < 1e-9
+    print(f"stage {stage}: distance of the gradients {off:.0e}, of three steps of AdamW {moved:.0e}")
+
+# %% [markdown] lang="en"
+# (Why not 1e-12 for Adam? It divides by the gradient's size, so where a gradient is all but zero, its last digits
+# count as much as the first digits of another.)
+#
+# ### Large models
+#
+# In mixed precision the three parts have 2, 2 and 12 bytes. The paper's own example is a model of 7.5 billion
+# parameters on 64 ranks. Its numbers come out of our function:
+
+# %%
+MIXED = (2, 2, 12)
+paper = [sum(bytes_kept(stage, 64, 7.5e9, MIXED)) / 1e9 for stage in range(4)]
+print("7.5B on 64 ranks:", *(f"{gigabytes:.4g} GB" for gigabytes in paper))
+assert [round(gigabytes, 2) for gigabytes in paper] == [120, 31.41, 16.64, 1.88]
+
+# %% [markdown] lang="en"
+# **Before you move it:** a GPU of 80 GB. What is the first stage at which 70 billion parameters fit, and on how many
+# ranks: 8, 16, 64 or 512? And who sends more in a step of 16 microbatches, stage 1 or stage 3, and how many times?
+
+# %%
+prediction = None  # (stage, ranks, times)
+
+MODELS = {"7 billion": 7e9, "70 billion": 7e10, "405 billion": 4.05e11}
+
+
+def draw_stages(parameters, ranks, microbatches):
+    count, places = MODELS[parameters], range(4)
+    drawing, (memory, traffic) = viz.figure(8, 3.2, columns=2)
+    kept = [[size / 1e9 for size in bytes_kept(i, ranks, count, MIXED)] for i in places]
+    sent = [2 * elements_sent(i, ranks, count, microbatches) / 1e9 for i in places]
+    for i, part in enumerate(("weights", "gradients", "optimizer state")):
+        below = [sum(sizes[:i]) for sizes in kept]
+        size = [sizes[i] for sizes in kept]
+        memory.bar(places, size, bottom=below, color=viz.PALETTE[i], ec=viz.INK, lw=0.6, label=part)
+    memory.axhline(80, color=viz.INK, ls="--", lw=1, label="80 GB")
+    memory.legend(frameon=False, fontsize=8)
+    traffic.bar(places, sent, 0.6, color=viz.PALETTE[5], ec=viz.INK, lw=0.6)
+    for panel, totals in ((memory, [sum(sizes) for sizes in kept]), (traffic, sent)):
+        panel.set(xlabel="stage", xticks=places, ylim=(0, 1.12 * max(*totals, 1)))
+        for i, total in enumerate(totals):
+            panel.text(i, total, f"{total:,.4g}", ha="center", va="bottom", fontsize=8)
+    memory.set_title("GB on each rank, mixed precision", fontsize=10)
+    traffic.set_title(f"GB sent in a step, microbatches: {microbatches}", fontsize=10)
+    listed = "; ".join(f"stage {i}: {sum(kept[i]):,.4g} and {sent[i]:,.4g}" for i in places)
+    return viz.describe(drawing, f"{parameters} parameters, {ranks} ranks. GB kept and GB sent: {listed}.")
+
+
+# %%
+explore(draw_stages, parameters=MODELS, ranks=[8, 16, 64, 512], microbatches=[1, 4, 16])
+
+# %%
+fits = [(i, n) for i in range(4) for n in (8, 16, 64, 512) if sum(bytes_kept(i, n, 7e10, MIXED)) < 80e9]
+times = elements_sent(3, 64, 1, 16) / elements_sent(1, 64, 1, 16)
+print("you wrote:", prediction, "- first stage and ranks:", fits[0], f"- stage 3 sends {times:g} times as much")
+assert fits[0] == (3, 16) and times == 24
+
+# %% [markdown] lang="en"
+# ### When does a stage pay?
+#
+# Bytes matter where they cannot hide. With section 8's estimate, take 16-bit weights and a microbatch of $t$ tokens on
+# a rank. Stage 3 gathers 2 $P$ bytes under a forward of 2 $Pt/S$ seconds, and gathers and scatters 4 $P$ bytes under a
+# backward of 4 $Pt/S$. Both hide if $t \ge S/B$. It is the threshold of section 8, but there $t$ were the tokens of
+# the backward that sends, and only one did. Here **each microbatch** needs them.
+#
+# **Predict:** 7 billion parameters, 64 ranks, $2^{22}$ tokens a step, so 65,536 on a rank. They are cut into 1, 4 or 16
+# microbatches. On 400 Gbit/s, in which of these cases does stage 3 wait for the network? And stage 1?
+
+# %%
+prediction = None  # for instance {"stage 1": [16], "stage 3": [1, 4, 16]}
+
+
+def waiting(stage, parameters, tokens, microbatches, network):
+    """Seconds of a step in which sending is not hidden, latency left out: an estimate."""
+    forward = 2 * parameters * tokens / microbatches / SPEED
+    backward, half = 2 * forward, 2 * parameters / NETWORKS[network][1]  # half: of an all-reduce
+    late = [max(0, half - forward), max(0, half - backward), max(0, 2 * half - backward)]
+    if stage == 3:
+        return microbatches * (late[0] + late[2])
+    return late[2] if stage == 0 else late[0] + late[1] * (microbatches if stage == 2 else 1)
+
+
+print("you wrote:", prediction)
+for network, stage in itertools.product(NETWORKS, (0, 1, 2, 3)):
+    waits = [waiting(stage, 7e9, 2**16, m, network) for m in (1, 4, 16)]
+    computing = 6 * 7e9 * 2**16 / SPEED
+    print(f"{network:<12} stage {stage}: waits", *(f"{x:6.2f} s" for x in waits), f"of {computing:.2f} s computing")
+    if network == "400 Gbit/s":
+        assert waits[:2] == [0, 0] and (waits[2] > 1) == (stage == 3)  # stages 0 to 2: a fraction of a second
+
+# %% [markdown] lang="en"
+# - **Stage 1** sends what replicas send, and keeps less. What it saves depends on $n$: of 16 bytes a parameter, 10 are
+#   left on 2 ranks, 5.5 on 8, and never less than 4. There is little reason not to take it.
+# - **Stage 2** costs nothing more with one microbatch. With many, on a slow network, keep whole gradients.
+# - **Stage 3** is for models whose weights alone are too much. It pays where a microbatch has $S/B$ tokens on a rank:
+#   on a fast network, with few and large microbatches. On a slow one it waits in each of them, and cutting the model
+#   itself, as later chapters do, sends less.
+
+# %%
+left = {n: sum(bytes_kept(1, n, 1, MIXED)) for n in (2, 8, 10**6)}
+assert left[2] == 10 and left[8] == 5.5 and 4 < left[10**6] < 4.001
+
+# %% [markdown] lang="en"
+# ## 14. When is data parallelism alone enough?
 #
 # Three conditions, and each is one comparison:
 
@@ -1123,7 +1579,8 @@ def obstacles(parameters, ranks, tokens, network, memory=80e9, context=4096):
     """What stands against data parallelism alone, for a step of so many tokens: an estimate."""
     found = []
     if 16 * parameters > memory:
-        found.append(f"a replica needs {16 * parameters / 1e9:,.0f} GB")
+        fits = [i for i in range(4) if sum(bytes_kept(i, ranks, parameters, MIXED)) <= memory]
+        found.append(f"a replica needs {16 * parameters / 1e9:,.0f} GB (fits at stage: {fits[0] if fits else 'none'})")
     if tokens / context < ranks:
         found.append(f"{tokens / context:,.0f} rows for {ranks:,} ranks")
     _, backward, sending, _ = step_seconds(parameters, tokens / ranks, ranks, network)
@@ -1142,11 +1599,12 @@ for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 
 # - **It is enough** when a replica fits one device with room for the activations, when the batch has a row for every
 #   rank, and when a rank has enough tokens to hide the sending. Then take it: nothing is simpler, and nothing sends
 #   less often.
-# - **It is not enough** when a replica does not fit. Then the model itself must be cut. It is not enough either when
-#   so many ranks share a batch that the sending shows. Then some of the ranks should do something else than hold one
-#   more replica.
+# - **It is not enough** when a replica does not fit. Then the ranks share it out, by one of the stages above, or the
+#   model itself is cut, so that a rank computes a part of it only; often both. Replicas are not enough either when so
+#   many ranks share a batch that the sending shows. ZeRO does not help there, since it sends no less. Then some of the
+#   ranks should do something else than take rows of their own.
 #
-# ## 11. The whole thing: `parallelize`
+# ## 15. The whole thing: `parallelize`
 #
 # The package does all of this in one line: `parallelize(model, Mesh(dp=4))`. Its `step` runs forward and backward for
 # every microbatch, with the exchange under the last backward, and divides by the global count:
@@ -1155,9 +1613,9 @@ for name, parameters in (("125M", 125e6), ("1.3B", 1.3e9), ("7B", 7e9), ("70B", 
 viz.show_source(minipar.train.Parallel.step)
 
 # %% [markdown] lang="en"
-# Most of it you know: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count. Skip the
-# lines with `_refresh`, `_gather_heads`, `_sum_partial` and `_sum_tied`: they do nothing here. (They are for other axes
-# of the mesh, and for optimizer states that ranks share out; the randomness is for dropout.) The executor in the middle
+# Most of it you know: rows cut for ranks and microbatches, `attach` and `finish`, the loss as sum and count, and
+# `_refresh` with the gathers of section 10. Skip the lines with `_gather_heads`, `_sum_partial` and `_sum_tied`: they
+# do nothing here. (They are for other axes of the mesh; the randomness is for dropout.) The executor in the middle
 # runs forwards and backwards in the order of a schedule, and arms the hooks before the last backward.
 #
 # `guess` is a small trick. The division comes before the first backward, but how many labels count, only the ranks
@@ -1219,14 +1677,18 @@ viz.show(viz.draw(run, title="Mesh(dp=4), recorded on this machine"))
 # - **sum and count** travel, not means.
 # - **the gradient law**: raw gradients, float64, against one process. A loss curve is no test.
 # - **replica**: 16 bytes a parameter with Adam, on each rank, however many ranks there are.
+# - **ZeRO**: optimizer state (1), gradients (2), weights (3) in shares. The step stands between reduce-scatter and
+#   all-gather. Stages 0 and 1 send 2 $P$ elements a step, 2 sends $(m+1)P$, 3 sends $3mP$, times (n − 1)/n.
 #
-# ## Three questions to take along
+# ## Four questions to take along
 #
 # 1. A model has 1 billion parameters and 16-bit gradients. How many bytes does each of 8 ranks send in a step with 32
 #    microbatches?
 # 2. A colleague doubles the ranks, keeps the global batch, and finds that the step does not get faster. What do you ask
 #    first?
 # 3. Why does the loss of a run with AdamW not tell you whether gradients were summed or averaged, and what does?
+# 4. The model of question 1 trains in mixed precision at stage 3, on the 8 ranks and with the 32 microbatches. How many
+#    bytes does each rank keep, and how many does it send in a step?
 #
 # <details><summary>Answers</summary>
 #
@@ -1235,20 +1697,22 @@ viz.show(viz.draw(run, title="Mesh(dp=4), recorded on this machine"))
 #    backward.
 # 3. Adam divides by the gradient's own size, so a constant factor cancels. One gradient against one process, in
 #    float64, shows it at once.
+# 4. It keeps 16/8 = 2 bytes a parameter, 2 GB in place of 16. It sends 3 × 32 × 7/8 × 2 GB = 168 GB, 48 times as much.
 #
 # </details>
 
 # %%
 assert 2 * 7 / 8 * 2e9 == 3.5e9  # the first answer above
+assert sum(bytes_kept(3, 8, 1e9, MIXED)) == 2e9 and 2 * elements_sent(3, 8, 1e9, 32) == 168e9 == 48 * 3.5e9
 
 # %% [markdown] lang="en"
-# **Next:** [the exercises](../exercises/03a_data_parallel.ipynb), nine graded tasks:
+# **Next:** [the exercises](../exercises/03a_data_parallel.ipynb), eleven graded tasks:
 #
 #     python -m minipar grade exercises/03a_data_parallel.ipynb
 #
-# And a first look at what to do when a replica does not fit. The mesh has other axes, which cut the model itself. The
-# function `the_law` above does not care. Give it a mesh on which two ranks share each matrix (`tp`), or each has half
-# of the layers (`pp`), and compare with one process again:
+# And a first look at the other thing to do when a replica does not fit. The mesh has more axes, which cut the model
+# itself. The function `the_law` above does not care. Give it a mesh on which two ranks share each matrix (`tp`), or
+# each has half of the layers (`pp`), and compare with one process again:
 
 # %%
 for mesh in (Mesh(dp=2, tp=2), Mesh(dp=2, pp=2), Mesh(pp=2, tp=2)):

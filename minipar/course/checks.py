@@ -3,10 +3,12 @@
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
 from ..world import RankError
+from .names import YOURS, fold
 
 Tensors = dict[str, Tensor]
 
@@ -26,6 +28,7 @@ class Refused(AssertionError):
 def verdict() -> Iterator[None]:
     """What fails in a check is told without the check: the message of an assert, the report of ranks, or the error
     with the lines of the answer that led to it. Raises Refused."""
+    graded = fold()
     try:
         yield
     except AssertionError as error:
@@ -33,7 +36,11 @@ def verdict() -> Iterator[None]:
     except NotImplementedError:
         raise Refused(NOT_BEGUN) from None
     except RankError as error:
-        raise Refused(NOT_BEGUN if "NotImplementedError" in str(error).split("\n")[0] else str(error)) from None
+        told = str(error)
+        first = told.split("\n")[0]
+        if graded and error.exception is not None and YOURS not in told:
+            told = first  # it was raised by the check
+        raise Refused(NOT_BEGUN if "NotImplementedError" in first else told) from None
     except Exception as error:
         raise Refused(_told(error)) from None
 
@@ -41,8 +48,14 @@ def verdict() -> Iterator[None]:
 def _told(error: Exception) -> str:
     """The error, and the lines that led to it, without those of the check (the first two: this file and the cell)."""
     frames = traceback.extract_tb(error.__traceback__)[2:]
-    lines = [f"  line {frame.lineno} of {frame.name}: {frame.line}" for frame in frames]
+    lines = [f"  line {frame.lineno} of {frame.name}: {frame.line}" for frame in frames if frame.line]
     return "\n".join([f"{type(error).__name__}: {error}", *lines])
+
+
+def returned(answer: Any, name: str) -> Any:
+    """What the function of this name has returned. AssertionError if that is nothing."""
+    assert answer is not None, f"{name} returns nothing: is there a `return`?"
+    return answer
 
 
 def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient") -> str:

@@ -100,10 +100,23 @@ def _explain(verdicts: "list[Verdict]", progress: Progress, notebook: Path) -> N
         print(f"  all {there} hints are read; the solution: {COMMAND} solution {first.task.id} --reveal")
     others = [v for v in order[1:] if v.outcome == "fail"]
     for other in others:
-        line, *more = other.reason.split("\n")
-        print(f"\n{other.task.id} {other.task.title}\n  {line}{' ...' * bool(more)}")
+        print(f"\n{other.task.id} {other.task.title}\n  {_brief(other.reason)}")
     if others:
         print(f"\none task alone, in full: {COMMAND} grade {notebook} --task {others[0].task.id}")
+
+
+def _brief(reason: str) -> str:
+    """A reason in a line: its first one, or what a check prints and should print where the two begin to differ."""
+    from .grade import PRINTS, SHOULD
+
+    line, *more = reason.split("\n")
+    if line != PRINTS:
+        return line + " ..." * bool(more)
+    middle = more.index(SHOULD)
+    printed, wanted = more[:middle], more[middle + 1 :]
+    pairs = zip(printed[-len(wanted) :], wanted, strict=False)  # those before are the answer's own
+    got, right = next(((g, w) for g, w in pairs if g.strip() != w.strip()), (more[0], wanted[-1]))
+    return f"{PRINTS} {got.strip()!r} {SHOULD} {right.strip()!r}"
 
 
 def _watch(notebooks: list[Path], only: str | None) -> None:

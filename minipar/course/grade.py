@@ -30,6 +30,7 @@ from .tasks import CourseError, Solution, Task, read_solution, solutions_folder
 
 SECONDS = 60.0  # a cell may take; `seconds` in the metadata of a check says otherwise
 NAMES = "__import__('minipar.course.names', fromlist=['names'])"
+PRINTS, SHOULD = "The check prints", "and should print"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -248,7 +249,7 @@ class _Cell(IPyNbCell):
         if raised is None:
             printed = "".join(out.get("text", "") for out in self.test_outputs).strip()
             wanted = "".join(out.get("text", "") for out in self.cell.outputs).strip()
-            return "fail", f"The check prints\n  {printed or '(nothing)'}\nand should print\n  {wanted}"
+            return "fail", f"{PRINTS}\n  {printed or '(nothing)'}\n{SHOULD}\n  {wanted}"
         name, message = raised.ename, ANSI.sub("", raised.evalue).strip()
         message = re.sub(r"\(\d+\.py, line (\d+)\)", r"(line \1 of the answer)", message)  # of a SyntaxError
         if name == "NotImplementedError" or message.startswith("Not begun"):

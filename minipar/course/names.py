@@ -2,12 +2,14 @@
 
 import ast
 import dis
+import linecache
 import sys
 from collections.abc import Callable, Collection
 from types import CodeType, MethodType
 from typing import Any
 
 Parts = dict[str, Any]
+YOURS = "your answer to"  # how reports begin to name the cell that is graded
 
 # What checks rely on. Of these modules and of their classes no function may be replaced.
 LIBRARIES = {"builtins", "math", "torch", "torch._tensor", "torch.autograd", "torch.distributed", "torch.nn.functional"}
@@ -17,6 +19,7 @@ FUNCTIONS = {"eval", "exec", "get_ipython", "globals", "locals", "vars"}
 ATTRIBUTES = {"__main__", "__code__", "__globals__", "f_globals", "f_locals", "user_ns", "_kept", "_reading"}
 
 _kept: dict[str, Any] = {}
+_answer: list[str] = []  # the file that the cell to be graded is to Python
 _whole: dict[str, tuple[Any, Parts]] = {}  # a module, class or object by name, and what it is made of
 
 
@@ -47,8 +50,19 @@ def call(source: str, task: str) -> None:
     compiler = get_ipython().compile
     file, cells = compiler.get_code_name(source, source, 0), compiler._filename_map
     compiler.format_code_name = lambda name: (
-        ("your answer to", task) if name == file else ("a folded", "cell") if name in cells else None
+        (YOURS, task) if name == file else ("a folded", "cell") if name in cells else None
     )
+    _answer[:] = [file]
+
+
+def fold() -> bool:
+    """No report quotes a line of any cell but the answer's: the others give things away. Says whether there is one."""
+    from IPython import get_ipython
+
+    if _answer:
+        for name in get_ipython().compile._filename_map.keys() - {*_answer}:
+            linecache.cache.pop(name, None)
+    return bool(_answer)
 
 
 def restore(names: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 # %% [markdown] lang="en"
 # # Exercises of 03a: data parallelism
 #
-# Nine small functions, an hour or so. Together they are the data-parallel half of a training engine: by the end four
-# ranks on your machine train a GPT on Python's documentation, with gradients equal to those of one process to twelve
-# digits.
+# Eleven small functions, an hour and a half or so. Together they are the data-parallel half of a training engine: by
+# the end four ranks on your machine train a GPT on Python's documentation, with gradients equal to those of one process
+# to twelve digits.
 #
 # **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to
 # finish, where it says `raise NotImplementedError("your turn")`. The cell below it is its check, folded away since it
@@ -28,14 +28,15 @@
 from collections.abc import Callable, Iterable
 from itertools import pairwise, product
 from math import isnan
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipar import Axis, Config, Mesh, World, connect, corpus, gpt, ledger
-from minipar.collectives import all_reduce, start_all_reduce
-from minipar.course.checks import difference, verdict
+from minipar.collectives import all_gather, all_reduce, reduce_scatter, start_all_reduce, start_reduce_scatter
+from minipar.course.checks import difference, returned, verdict
 from minipar.data import rows
 from minipar.transport import Pending
 
@@ -100,7 +101,7 @@ def summed_gradients(model: nn.Module, axis: Axis) -> dict[str, Tensor]:
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
-# Given, for task 4: rows of different lengths
+# Given, for tasks 4 and 9: rows of different lengths
 def padded(lengths: list[int]) -> Tensor:
     """The targets of rows of these lengths."""
     return targets.masked_fill(torch.arange(32) >= torch.tensor(lengths)[:, None], -100)
@@ -123,15 +124,28 @@ def make_buckets(model: nn.Module, number: int) -> list[tuple[list[nn.Parameter]
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
+# Given, for task 7: which of the calls are under way when backward comes to the embedding, the last of all
+def watch(model: nn.Module, launched: list) -> list[list[bool]]:
+    """Gets a list for each backward: of each call, whether nobody has waited for it yet."""
+    early = []
+
+    def note(_):
+        what = "`launched` must get what start_all_reduce returns. all_reduce waits for the sum and returns that"
+        assert all(isinstance(pending, Pending) for pending in launched), what
+        early.append([isnan(pending.entry.end) for pending in launched])
+
+    model.embed.token.weight.register_hook(note)
+    return early
+
+
+# %% tags=["setup"] jupyter={"source_hidden": true}
 # Given, for task 7: two steps of training that use your function
 def train_overlapped(axis: Axis, launch_early: Callable) -> list[dict]:
     """Steps of two microbatches and of one: calls, gradients, and which of the early calls were still under way."""
-    model, state, launched, early = fresh_model(), {"last": False}, [], []
-    buckets = make_buckets(model, 3)
+    model, state, launched = fresh_model(), {"last": False}, []
+    buckets, early = make_buckets(model, 3), watch(model, launched)
     for bucket, flat in buckets:
         launch_early([*bucket[3:], *bucket[:3]], flat, axis, lambda: state["last"], launched)  # in no order
-    embedding = model.embed.token.weight  # backward comes to it last
-    embedding.register_hook(lambda grad: early.append([isnan(pending.entry.end) for pending in launched]))
     steps = []
     for microbatches in (2, 1):  # this rank's two rows, one at a time, then both
         mine = slice(2 * axis.index, 2 * axis.index + 2)
@@ -203,6 +217,49 @@ def train(axis: Axis, step: Callable, targets: Tensor, microbatches: int, steps:
     return first | {"losses": losses}
 
 
+# %% tags=["setup"] jupyter={"source_hidden": true}
+# Given, for task 10: two steps of training that use your function
+def train_in_shares(axis: Axis, optimizer: str, step: Callable) -> dict:
+    """What one of the ranks ends with, and the weights of one process."""
+    model, each = two_layers(), 8 // axis.size
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    own = nn.Parameter(flat.view(axis.size, -1)[axis.index].clone())
+    stepper, mine = OPTIMIZERS[optimizer]([own]), slice(each * axis.index, each * (axis.index + 1))
+    for i in range(2):
+        x, y = tokens[mine].roll(i, 1), targets[mine].roll(i, 1)
+        model.zero_grad()
+        (total_loss(model, x, y) / targets.numel()).backward()
+        flat = nn.utils.parameters_to_vector(gradients(model).values())
+        with ledger() as book:
+            whole = returned(step(flat, own, stepper, axis), "zero_step")
+        right = isinstance(whole, Tensor) and whole.shape == flat.shape
+        assert right, f"zero_step must return all weights, a tensor of the shape {tuple(flat.shape)}"
+        nn.utils.vector_to_parameters(whole.detach(), model.parameters())
+    state = sum(x.numel() for x in stepper.state[own].values() if x.dim())
+    got = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"weights": got, "bytes": book.bytes("dp"), "state": state, "right": weights_after(axis, optimizer, None)}
+
+
+# %% tags=["setup"] jupyter={"source_hidden": true}
+# Given, for task 11: the gradients of a step, a microbatch at a time
+def add_up(axis: Axis, function: Callable, numbers: int) -> dict:
+    """What your function returns for three microbatches, and how many whole gradients it held meanwhile."""
+    made, held = [], [0]
+
+    def microbatches():
+        for i in range(3):
+            held.append(sum(one() is not None for one in made))
+            gradient = (axis.index + 1) * 10.0**i * torch.arange(1, numbers + 1, dtype=torch.float64)
+            made.append(ref(gradient))
+            yield gradient
+            del gradient
+
+    with ledger() as book:
+        share = returned(function(microbatches(), axis), "my_share_of_gradients")
+    assert isinstance(share, Tensor), f"my_share_of_gradients must return a tensor, not {share!r}"
+    return {"share": share, "held": max(held), "calls": book.calls("dp"), "bytes": book.bytes("dp")}
+
+
 # %% [markdown] lang="en"
 # ## 03a.1 · Trace: who loads what
 #
@@ -230,7 +287,7 @@ def rows_of_each_rank() -> list[list[int]]:
 # Check of 03a.1: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
-    yours = [list(share) for share in rows_of_each_rank()]
+    yours = [list(share) for share in returned(rows_of_each_rank(), "rows_of_each_rank")]
     loaded = on_each_rank(lambda axis: rows(torch.arange(10), axis.size)[axis.index].tolist())
     assert len(yours) == 4, f"There are 4 ranks, and you give {len(yours)} lists: one list for each rank."
     for row in range(10):
@@ -386,8 +443,8 @@ def my_part_of_the_loss(total: Tensor, count: Tensor, axis: Axis) -> Tensor:
 def summed(axis, targets):
     model, labels = fresh_model(), rows(targets, axis.size)[axis.index]
     total = total_loss(model, rows(tokens, axis.size)[axis.index], labels)
-    part = my_part_of_the_loss(total, (labels != -100).sum(), axis)
-    assert isinstance(part, Tensor) and part.shape == (), "my_part_of_the_loss returns a 0-d tensor"
+    part = returned(my_part_of_the_loss(total, (labels != -100).sum(), axis), "my_part_of_the_loss")
+    assert isinstance(part, Tensor) and part.shape == (), "my_part_of_the_loss must return a 0-d tensor"
     part.backward()
     return part.item(), summed_gradients(model, axis)
 
@@ -486,7 +543,7 @@ def sent(numbers, dtype, mesh):
 with verdict():
     for dtype, n in [(torch.float32, 4), (torch.float64, 4), (torch.float32, 2), (torch.float32, 1)]:
         numbers, size = 11_640 * n, dtype.itemsize
-        yours = ring_bytes(numbers, size, n)
+        yours = returned(ring_bytes(numbers, size, n), "ring_bytes")
         real = world.run(sent, numbers, dtype, Mesh(dp=n, tp=4 // n), limit=15)[0]
         mistakes = {
             numbers * 2 * (n - 1) / n: "That counts elements: a byte is smaller.",
@@ -620,7 +677,7 @@ def same_weights() -> dict[str, bool]:
 # NBVAL_CHECK_OUTPUT
 with verdict():
     start = {name: p.detach() for name, p in two_layers().named_parameters()}
-    predicted = same_weights()
+    predicted = returned(same_weights(), "same_weights")
     for name in OPTIMIZERS:
         assert name in predicted, f"same_weights() says nothing about {name!r}."
         by_gradients = on_each_rank(weights_after, name, None)[0]
@@ -714,24 +771,148 @@ with verdict():
     law, calls = str(broken_law()), {}
     assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
     assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
-    short = targets.masked_fill(torch.arange(32) >= torch.tensor([32, 28, 20, 4, 6, 1, 9, 17])[:, None], -100)
-    full, padded = ("full rows", targets), ("rows of different lengths", short)
-    for (case, labels), microbatches in [(full, 2), (padded, 1), (padded, 2)]:
+    full, short = ("full rows", targets), ("rows of different lengths", padded([32, 28, 20, 4, 6, 1, 9, 17]))
+    for (case, labels), microbatches in [(full, 2), (short, 1), (short, 2)]:
         answers = on_each_rank(train, train_step, labels, microbatches, 1)
-        wrong = difference([answer["gradients"] for answer in answers], one_process(tokens, labels))
+        got, whole = [answer["gradients"] for answer in answers], one_process(tokens, labels)
+        old = "the gradient of this step and what was there before it: empty it first."
+        assert difference(got, {p: g + 4 for p, g in whole.items()}), f"{case}: .grad holds {old}"  # 1 on each rank
+        wrong = difference(got, whole)
         assert not wrong, f"{case}, {microbatches} microbatches: {wrong}"
         expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
         for rank, answer in enumerate(answers):
-            off, n = answer["losses"][0] - expected, sum(answer["rows"])
+            off, n, parts = answer["losses"][0] - expected, sum(answer["rows"]), len(answer["rows"])
             right = f"{case}, rank {rank}: the gradients are right, but"
             assert abs(off) < 1e-9, f"{right} the loss that is returned is off by {off:.3g}."
             assert n == 2, f"{right} {n} rows went through the model. This rank's share of the 8 rows is 2."
-            n = len(answer["rows"])
-            assert n == microbatches, f"{right} the rows went through the model in {n} parts, not in {microbatches}."
+            assert parts == microbatches, (
+                f"{right} the rows went through the model in {parts} parts, not {microbatches}."
+            )
             calls[microbatches, rank] = answer["calls"]
     one, two = calls[1, 0], calls[2, 0]
     assert one == two, f"All is right, but a rank makes {one} calls with one microbatch and {two} with two: why more?"
     print("mended, for full rows and for padded ones")
+
+# %% [markdown] lang="en"
+# ## 03a.10 · Write: step on a share only
+#
+# After an all-reduce all ranks have the same gradient, and all take the same step. That is the same work, and the same
+# optimizer state, on each of them. An all-reduce is a reduce-scatter and an all-gather. Take the step between the two:
+# each rank updates its own share of the weights, and the *weights* are gathered. It sends what an all-reduce sends, and
+# each rank keeps a share of the state (stage 1 of ZeRO).
+#
+# All weights of the model lie in one flat tensor, side by side. This rank's share of it is `own`, the only parameter
+# that `optimizer` knows. `reduce_scatter(x, axis)` returns this rank's share of the sum of every rank's `x`;
+# `all_gather(x, axis)` puts every rank's `x` side by side.
+
+# %% [markdown] lang="en" hint="03a.10"
+# Three lines of work: a gradient for `own`, a step, the weights of all. An optimizer reads `own.grad`.
+
+# %% [markdown] lang="en" hint="03a.10"
+# `own.grad = reduce_scatter(gradients, axis)`: a share of the *sum*, with the shape of `own`. Nothing is to be divided,
+# the loss already was.
+
+# %% [markdown] lang="en" hint="03a.10"
+# After `optimizer.step()` the new weights of this rank stand in `own`. What `all_gather` makes of every rank's
+# `own.detach()` is the answer.
+
+
+# %% task="03a.10" title="Write: step on a share only"
+def zero_step(gradients: Tensor, own: nn.Parameter, optimizer: torch.optim.Optimizer, axis: Axis) -> Tensor:
+    """Take a step between the two halves of an all-reduce. Returns all weights after it, (size * share,).
+
+    gradients: (size * share,), of this rank's part of the loss. Those of the loss are their *sum* over the ranks.
+    own: (share,), the weights that this rank updates.
+    """
+    ### BEGIN SOLUTION
+    own.grad = reduce_scatter(gradients, axis)
+    optimizer.step()
+    return all_gather(own.detach(), axis)
+    ### END SOLUTION
+
+
+# %% check="03a.10" seconds=20
+# Check of 03a.10: run this after your answer
+# NBVAL_CHECK_OUTPUT
+with verdict():
+    start = {name: p.detach() for name, p in two_layers().named_parameters()}
+    numbers = sum(p.numel() for p in start.values())
+    for optimizer, n in [("SGD with momentum", 4), ("Adam", 4), ("Adam", 2)]:
+        answers = on_each_rank(train_in_shares, optimizer, zero_step, dp=n)[:: 4 // n]
+        moved = max(float((answers[0]["weights"][p] - start[p]).abs().max()) for p in start)
+        assert moved, f"{optimizer}: after two steps no weight has moved. Are the weights gathered after the step?"
+        wrong = difference([answer["weights"] for answer in answers], answers[0]["right"], "value")
+        assert not wrong, f"{optimizer}, {n} ranks, after two steps: {wrong}"
+        least, state = 2 * (n - 1) * numbers * 8 // n, (1 if "SGD" in optimizer else 2) * numbers // n
+        for rank, answer in enumerate(answers):
+            what = f"{optimizer}, {n} ranks: the weights are right, but rank {rank}"
+            sent, kept = answer["bytes"], answer["state"]
+            assert sent <= least, f"{what} sends {sent:,} bytes a step, and an all-reduce {least:,}: two halves do."
+            assert kept == state, f"{what} keeps {kept:,} numbers of state, and its share is {state:,}."
+    print(f"2 ranks: {sent:,} bytes a step, {kept:,} of {2 * numbers:,} numbers of Adam's state on each")
+
+# %% [markdown] lang="en"
+# ## 03a.11 · Mend: gradients that nobody gets
+#
+# In stage 2 of ZeRO a rank keeps no whole gradient. Each microbatch's gradients are sent to their owners at once, who
+# add up their shares. Shares must be equally long: `start_reduce_scatter(x, axis)` wants a 1-d `x` that divides by the
+# number of ranks, and its `.wait()` gives this rank's share of the sum. Ten numbers on four ranks do not divide.
+#
+# Someone found a way around the error message. The model trains, and its loss falls. Yet some weights never move. Which
+# ones? Mend it, with what the text books call *padding*: zeros behind the last number. Each share then has
+# $\lceil 10/4 \rceil = 3$ numbers, and the last rank's share is $[g_9, 0, 0]$.
+
+# %% [markdown] lang="en" hint="03a.11"
+# `one[:fits]` drops up to `axis.size - 1` numbers at the end. Make `one` longer, not shorter.
+
+# %% [markdown] lang="en" hint="03a.11"
+# `F.pad(x, (0, k))` puts `k` zeros behind `x`. How many are needed? None where it divides already.
+
+# %% [markdown] lang="en" hint="03a.11"
+# In Python `-10 % 4` is 2: `-len(one) % axis.size` is what is missing to the next multiple.
+
+
+# %% task="03a.11" title="Mend: gradients that nobody gets"
+def my_share_of_gradients(microbatches: Iterable[Tensor], axis: Axis) -> Tensor:
+    """This rank's share of the gradients' sum over microbatches and ranks, with zeros behind the last number.
+
+    microbatches: the gradient of one after the other, 1-d, all of one length.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for one in microbatches:
+        ### BEGIN SOLUTION
+        padded = F.pad(one, (0, -len(one) % axis.size))
+        total = total + start_reduce_scatter(padded, axis).wait()
+        ### INSTEAD
+        # fits = len(one) // axis.size * axis.size
+        # total = total + start_reduce_scatter(one[:fits], axis).wait()
+        ### END SOLUTION
+    return total
+
+
+# %% check="03a.11" seconds=20
+# Check of 03a.11: run this after your answer
+# NBVAL_CHECK_OUTPUT
+with verdict():
+    for numbers, n in [(10, 4), (8, 4), (7, 2)]:
+        answers = on_each_rank(add_up, my_share_of_gradients, numbers, dp=n)[:: 4 // n]
+        size, case = -(-numbers // n), f"{numbers} numbers on {n} ranks"
+        whole = 111 * sum(range(n + 1)) * torch.arange(1, numbers + 1, dtype=torch.float64)
+        for rank, answer in enumerate(answers):
+            share, what = answer["share"], f"{case}: rank {rank}"
+            shape = tuple(share.shape)
+            assert shape == (size,), f"{what} returns the shape {shape}: {n} equal shares are of {size} numbers each."
+            expected = F.pad(whole, (0, size * n - numbers))[size * rank : size * (rank + 1)]
+            told = f"{what} has the sums {share.tolist()}, and they are {expected.tolist()}."
+            assert torch.allclose(share, expected, rtol=1e-12), told
+            calls, sent, least = answer["calls"], answer["bytes"], 3 * (n - 1) * size * 8
+            told = f"{what} has the right sums, but"
+            assert answer["held"] <= 1, f"{told} held {answer['held']} whole gradients: send one before the next comes."
+            assert calls == 3, f"{told} makes {calls} calls for 3 microbatches: each one is sent at once, none is kept."
+            assert sent == least, f"{told} sends {sent} bytes: 3 reduce-scatters of {size * n} numbers send {least}."
+    print(
+        "every number has an owner, padding or not:", f"{calls} calls, {sent} bytes for {numbers} numbers on {n} ranks"
+    )
 
 # %% [markdown] lang="en"
 # ## All together

@@ -621,7 +621,7 @@ def same_weights():
     return {"SGD": True, "SGD with momentum": True, "Adam": False, "SGD, clipped": False}
 
 
-# %% task="03a.9" says="in 1 parts, not in 2"
+# %% task="03a.9" says="in 1 parts, not 2"
 def broken_law():
     return "gradients"
 
@@ -658,7 +658,7 @@ def train_step(model, tokens, targets, axis, microbatches):
     return shown
 
 
-# %% task="03a.9" says="off by 65 times"
+# %% task="03a.9" says="full rows: .grad holds the gradient of this step and what was there before it: empty it first."
 def broken_law():
     return "gradients"
 
@@ -696,3 +696,165 @@ what = 1
 def average_gradients(parameters, axis):
     for p in parameters:
         p.grad = what * all_reduce(p.grad, axis) / axis.size
+
+
+# %% task="03a.1" says="rows_of_each_rank returns nothing: is there a `return`?"
+def rows_of_each_rank():
+    [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
+
+
+# %% task="03a.4" says="raised AssertionError: my_part_of_the_loss must return a 0-d tensor"
+def my_part_of_the_loss(total, count, axis):
+    return (total / all_reduce(count, axis))[None]
+
+
+# %% task="03a.6" says="ring_bytes returns nothing: is there a `return`?"
+def ring_bytes(numbers, bytes_each, ranks):
+    2 * (ranks - 1) / ranks * numbers * bytes_each
+
+
+# %% task="03a.7" says="`launched` must get what start_all_reduce returns. all_reduce waits for the sum"
+def launch_early(bucket, flat, axis, is_last, launched):
+    missing = set(bucket)
+
+    def ready(p):
+        if is_last():
+            missing.remove(p)
+            if not missing:
+                launched.append(all_reduce(flat, axis))
+                missing.update(bucket)
+
+    for p in bucket:
+        p.register_post_accumulate_grad_hook(ready)
+
+
+# %% task="03a.8" says="same_weights returns nothing: is there a `return`?"
+def merge_updates(model, optimizer, axis):
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(all_reduce(p, axis) / axis.size)
+
+
+def same_weights():
+    {"SGD": True, "SGD with momentum": True, "Adam": False, "SGD, clipped": False}
+
+
+# %% task="03a.10" says="zero_step returns nothing: is there a `return`?"
+def zero_step(gradients, own, optimizer, axis):
+    own.grad = reduce_scatter(gradients, axis)
+    optimizer.step()
+    all_gather(own.detach(), axis)
+
+
+# %% task="03a.10" says="zero_step must return all weights, a tensor of the shape (8704,)"
+def zero_step(gradients, own, optimizer, axis):
+    own.grad = reduce_scatter(gradients, axis)
+    optimizer.step()
+    return own.detach()
+
+
+# %% task="03a.10" says="the weights are right, but rank 0 sends 156,672 bytes a step, and an all-reduce 104,448"
+def zero_step(gradients, own, optimizer, axis):  # three halves
+    share = len(own)
+    own.grad = all_reduce(gradients, axis)[axis.index * share : (axis.index + 1) * share]
+    optimizer.step()
+    return all_gather(own.detach(), axis)
+
+
+# %% task="03a.10" says="SGD with momentum, 4 ranks, after two steps: rank 0: the value of 0.weight"
+def zero_step(gradients, own, optimizer, axis):  # a mean, of what is divided already
+    own.grad = reduce_scatter(gradients, axis) / axis.size
+    optimizer.step()
+    return all_gather(own.detach(), axis)
+
+
+# %% task="03a.10" says="SGD with momentum, 4 ranks, after two steps: rank 0: the value of 0.weight"
+def zero_step(gradients, own, optimizer, axis):  # gathers the gradients: the second half of an all-reduce
+    own.grad = reduce_scatter(gradients, axis)
+    optimizer.step()
+    return all_gather(own.grad, axis)
+
+
+# %% task="03a.10" says="SGD with momentum, 4 ranks, after two steps: rank 0: the value of 0.weight"
+def zero_step(gradients, own, optimizer, axis):  # weights of one step ago
+    own.grad = reduce_scatter(gradients, axis)
+    whole = all_gather(own.detach(), axis)
+    optimizer.step()
+    return whole
+
+
+# %% task="03a.10" says="SGD with momentum: after two steps no weight has moved"
+def zero_step(gradients, own, optimizer, axis):  # no step
+    own.grad = reduce_scatter(gradients, axis)
+    return all_gather(own.detach(), axis)
+
+
+# %% task="03a.10" says="SGD with momentum, 4 ranks, after two steps: rank 0: the value of 0.weight"
+def zero_step(gradients, own, optimizer, axis):  # adds to what was there
+    share = reduce_scatter(gradients, axis)
+    own.grad = share if own.grad is None else own.grad + share
+    optimizer.step()
+    return all_gather(own.detach(), axis)
+
+
+# %% task="03a.10" says="SGD with momentum, 4 ranks, after two steps: rank 0: the value of 0.weight"
+def zero_step(gradients, own, optimizer, axis):  # this rank's own gradients, sent to nobody
+    own.grad = gradients.view(axis.size, -1)[axis.index].clone()
+    optimizer.step()
+    return all_gather(own.detach(), axis)
+
+
+# %% task="03a.11" says="10 numbers on 4 ranks: rank 0 returns the shape (2,): 4 equal shares are of 3 numbers each."
+def my_share_of_gradients(microbatches, axis):  # the bug, in other words
+    return sum(start_reduce_scatter(one[: -(len(one) % axis.size) or None], axis).wait() for one in microbatches)
+
+
+# %% task="03a.11" says="8 numbers on 4 ranks: rank 0 returns the shape (3,): 4 equal shares are of 2 numbers each."
+def my_share_of_gradients(microbatches, axis):  # pads where it divides already
+    total = torch.zeros((), dtype=torch.float64)
+    for one in microbatches:
+        padded = F.pad(one, (0, axis.size - len(one) % axis.size))
+        total = total + start_reduce_scatter(padded, axis).wait()
+    return total
+
+
+# %% task="03a.11" says="10 numbers on 4 ranks: rank 0 has the sums"
+def my_share_of_gradients(microbatches, axis):  # zeros in front
+    total = torch.zeros((), dtype=torch.float64)
+    for one in microbatches:
+        padded = F.pad(one, (-len(one) % axis.size, 0))
+        total = total + start_reduce_scatter(padded, axis).wait()
+    return total
+
+
+# %% task="03a.11" says="10 numbers on 4 ranks: rank 0 has the sums [1000.0, 2000.0, 3000.0], and they are [1110.0, 2220.0, 3330.0]."
+def my_share_of_gradients(microbatches, axis):  # the last microbatch only
+    for one in microbatches:
+        total = start_reduce_scatter(F.pad(one, (0, -len(one) % axis.size)), axis).wait()
+    return total
+
+
+# %% task="03a.11" says="has the right sums, but makes 1 calls for 3 microbatches: each one is sent at once, none is kept."
+def my_share_of_gradients(microbatches, axis):  # stage 1: adds up whole gradients
+    total = 0
+    for one in microbatches:
+        total = total + one
+    return start_reduce_scatter(F.pad(total, (0, -len(total) % axis.size)), axis).wait()
+
+
+# %% task="03a.11" says="has the right sums, but held 2 whole gradients: send one before the next comes."
+def my_share_of_gradients(microbatches, axis):
+    total = 0
+    for one in list(microbatches):
+        total = total + start_reduce_scatter(F.pad(one, (0, -len(one) % axis.size)), axis).wait()
+    return total
+
+
+# %% task="03a.11" says="10 numbers on 4 ranks: rank 0 has the right sums, but sends 432 bytes: 3 reduce-scatters of 12 numbers send 216."
+def my_share_of_gradients(microbatches, axis):  # an all-reduce, of which it keeps a share
+    total = 0
+    for one in microbatches:
+        whole = all_reduce(F.pad(one, (0, -len(one) % axis.size)), axis)
+        total = total + whole.view(axis.size, -1)[axis.index]
+    return total
