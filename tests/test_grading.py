@@ -58,6 +58,8 @@ def test_solutions_pass_blanks_are_to_do_and_wrong_answers_are_refused_by_name(n
         for c in build.read(ROOT / f"tests/wrong_answers/{name}.py").cells
         if "task" in c.metadata
     ]
+    code = build.code_cells(read(ROOT / "solutions" / f"{name}.ipynb"))
+    folded = {line.strip() for cell in code for line in cell.source.splitlines() if len(line.strip()) > 20}
     attempts = [*solved.items(), *blank.items(), *[(task, answer) for task, answer, _ in wrong]]
     verdicts = grade(course_of(tmp_path, name, attempts))
     good, todo, bad = verdicts[: len(solved)], verdicts[len(solved) : 2 * len(solved)], verdicts[2 * len(solved) :]
@@ -67,6 +69,8 @@ def test_solutions_pass_blanks_are_to_do_and_wrong_answers_are_refused_by_name(n
         assert verdict.outcome == "fail" and says in verdict.reason, (
             f"{task}\n{answer}\nsays: {verdict.reason}\nnot:  {says}"
         )
+        quoted = [line for line in folded if line in verdict.reason and line not in answer]
+        assert quoted == [], f"{task}\n{answer}\nis told of code that gives things away: {verdict.reason}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -257,6 +261,12 @@ def test_every_failure_is_told_and_one_task_can_be_graded_alone(at, capsys):
     text = capsys.readouterr().out
     assert "90.1 Double\n  double(2) is 5, not 4\n  next hint" in text and "90.2 Mend\n  triple(2) is 5" in text
     assert "python -m minipar grade exercises/90_small.ipynb --task 90.2" in text
+    next(cell for cell in notebook.cells if cell.id == "task-90-2").source = "def triple(x):\n    return 6"
+    nbformat.write(notebook, path)
+    assert main(["grade", "exercises/90_small.ipynb"]) == 1
+    assert "90.2 Mend\n  The check prints 'triple 6' and should print 'triple 9'\n" in capsys.readouterr().out
+    next(cell for cell in notebook.cells if cell.id == "task-90-2").source = "def triple(x): return 5"
+    nbformat.write(notebook, path)
     assert main(["grade", "exercises/90_small.ipynb", "--task", "90.2"]) == 1
     text = capsys.readouterr().out
     assert "triple(2) is 5" in text and "0 of 1 pass" in text and "90.1" not in text

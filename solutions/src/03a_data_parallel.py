@@ -785,9 +785,7 @@ with verdict():
             right = f"{case}, rank {rank}: the gradients are right, but"
             assert abs(off) < 1e-9, f"{right} the loss that is returned is off by {off:.3g}."
             assert n == 2, f"{right} {n} rows went through the model. This rank's share of the 8 rows is 2."
-            assert parts == microbatches, (
-                f"{right} the rows went through the model in {parts} parts, not {microbatches}."
-            )
+            assert parts == microbatches, f"{right} rows went through it in {parts} parts, not {microbatches}."
             calls[microbatches, rank] = answer["calls"]
     one, two = calls[1, 0], calls[2, 0]
     assert one == two, f"All is right, but a rank makes {one} calls with one microbatch and {two} with two: why more?"
@@ -858,8 +856,8 @@ with verdict():
 # add up their shares. Shares must be equally long: `start_reduce_scatter(x, axis)` wants a 1-d `x` that divides by the
 # number of ranks, and its `.wait()` gives this rank's share of the sum. Ten numbers on four ranks do not divide.
 #
-# Someone found a way around the error message. The model trains, and its loss falls. Yet some weights never move. Which
-# ones? Mend it, with what the text books call *padding*: zeros behind the last number. Each share then has
+# Someone found a way around the error message. The model trains, and its loss falls. Yet some weights never move. Say
+# which, and mend it, with what the text books call *padding*: zeros behind the last number. Each share then has
 # $\lceil 10/4 \rceil = 3$ numbers, and the last rank's share is $[g_9, 0, 0]$.
 
 # %% [markdown] lang="en" hint="03a.11"
@@ -873,6 +871,13 @@ with verdict():
 
 
 # %% task="03a.11" title="Mend: gradients that nobody gets"
+def lost_numbers() -> list[int]:
+    """Of ten gradients, 0 to 9, on four ranks: those that no rank gets from the function below, before it is mended."""
+    ### BEGIN SOLUTION
+    return [8, 9]
+    ### END SOLUTION
+
+
 def my_share_of_gradients(microbatches: Iterable[Tensor], axis: Axis) -> Tensor:
     """This rank's share of the gradients' sum over microbatches and ranks, with zeros behind the last number.
 
@@ -894,6 +899,9 @@ def my_share_of_gradients(microbatches: Iterable[Tensor], axis: Axis) -> Tensor:
 # Check of 03a.11: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
+    lost = list(returned(lost_numbers(), "lost_numbers"))
+    assert len(lost) == 2, f"lost_numbers gives {lost}: how many does `one[:fits]` drop?"
+    assert sorted(lost) == [8, 9], f"lost_numbers gives {lost}: `one[:fits]` keeps the first ones. Numbers begin at 0."
     for numbers, n in [(10, 4), (8, 4), (7, 2)]:
         answers = on_each_rank(add_up, my_share_of_gradients, numbers, dp=n)[:: 4 // n]
         size, case = -(-numbers // n), f"{numbers} numbers on {n} ranks"
