@@ -1128,7 +1128,8 @@ viz.show(viz.draw_bars(names, sizes, "GB", "A 7B model with Adam in mixed precis
 # one quarter of the gradient, its **share**. The second half brings the shares to everyone. Now, to update a quarter
 # of the weights, a quarter of the gradient is enough: Adam treats each number by itself. So take the step *between* the
 # two halves, and gather weights instead of gradients. This is stage 1 of **ZeRO**, the *zero redundancy optimizer*
-# (Rajbhandari et al. 2020). Four ranks with four weights, for real:
+# (Rajbhandari et al. 2020). Four ranks with four weights, for real. The weights begin at 18, 28, 38 and 48, and the
+# step is SGD's, −0.1 × gradient:
 
 
 # %%
@@ -1136,7 +1137,7 @@ def four_weights():
     axis = connect(Mesh(dp=4))["dp"]
     gradients = torch.tensor([10.0, 20, 30, 40]) + axis.index  # of this rank's rows
     mean = reduce_scatter(gradients, axis) / axis.size
-    stepped = torch.tensor([18.0, 28, 38, 48])[axis.index] - 0.1 * mean  # SGD, on one weight only
+    stepped = torch.tensor([18.0, 28, 38, 48])[axis.index] - 0.1 * mean  # of one weight only
     return gradients, mean, stepped, all_gather(stepped, axis)
 
 
@@ -1281,9 +1282,9 @@ print("you wrote:", prediction, "- measured:", found)
 #
 # ## 12. Weights in shares
 #
-# Between two steps, what is a whole set of weights for? To run forward and backward. But those run one block at a
-# time. In **stage 3** a rank keeps its share of each block. Just before a block runs, its weights are gathered;
-# just after, they are freed. In backward the same again. (PyTorch calls this *fully sharded data parallel*, FSDP.)
+# What does a rank need whole weights for? To run forward and backward. But it runs one block at a time. In
+# **stage 3** a rank keeps only its share of each block. Just before a block runs, its weights are gathered; just
+# after, they are freed. In backward the same again. (PyTorch calls this *fully sharded data parallel*, FSDP.)
 #
 # For an attempt we need three tools of PyTorch. `functional_call(part, weights, x)` runs a module with weights that it
 # is given. `checkpoint(f, x)` forgets what `f` computed in forward and runs it again when backward needs it, so what
@@ -1373,6 +1374,8 @@ viz.show_source(zero.gather_around, zero._exchange, zero._Gather)
 # - **In backward it comes in time.** `_Gather` does nothing in forward. It stands at the end of a block, so in
 #   backward it is the first thing that is met, just before the block's own gradients are computed.
 #
+# What is in no block (embedding, last norm, head) is one more unit, gathered for each forward and for each backward.
+#
 # ## 13. What a stage keeps, and what it sends
 #
 # For $P$ parameters on $n$ ranks in float32 with Adam, and a step of $m$ microbatches (Rajbhandari et al. 2020, who
@@ -1410,11 +1413,11 @@ def measured(tokens, targets, mesh, stage, microbatches):
         model.step(tokens, targets)
     optimizer.step()
     units = [unit for shares in model.shares.values() for unit in shares.units]
-    weights = sum(u.own.nbytes if stage == 3 else u.whole.untyped_storage().nbytes() for u in units)
-    left = sum(u.whole.untyped_storage().nbytes() for u in units) if stage == 3 else 0  # not freed
+    weights = sum(u.whole.untyped_storage().nbytes() for u in units)  # at stage 3 freed: empty
+    weights += sum(u.own.nbytes for u in units) if stage == 3 else 0  # before, a view into them
     gradients = sum(u.gradient.nbytes or u.own_gradient.nbytes for u in units)
     state = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimizer.state.values())
-    return (weights + left, gradients, state), book.bytes("dp"), sum(u.padded for u in units), len(units)
+    return (weights, gradients, state), book.bytes("dp"), sum(u.padded for u in units), len(units)
 
 
 # %%
@@ -1539,7 +1542,10 @@ prediction = None  # for instance {"stage 1": [16], "stage 3": [1, 4, 16]}
 
 
 def waiting(stage, parameters, tokens, microbatches, network):
-    """Seconds of a step in which sending is not hidden, latency left out: an estimate."""
+    """Seconds of a step that sending adds, hidden as well as can be: an estimate. Latency and (n - 1)/n are left out.
+
+    Stages 1 and 2 gather their weights under the next forward.
+    """
     forward = 2 * parameters * tokens / microbatches / SPEED
     backward, half = 2 * forward, 2 * parameters / NETWORKS[network][1]  # half: of an all-reduce
     late = [max(0, half - forward), max(0, half - backward), max(0, 2 * half - backward)]
@@ -1561,8 +1567,8 @@ for network, stage in itertools.product(NETWORKS, (0, 1, 2, 3)):
 #   left on 2 ranks, 5.5 on 8, and never less than 4. There is little reason not to take it.
 # - **Stage 2** costs nothing more with one microbatch. With many, on a slow network, keep whole gradients.
 # - **Stage 3** is for models whose weights alone are too much. It pays where a microbatch has $S/B$ tokens on a rank:
-#   on a fast network, with few and large microbatches. On a slow one it waits in each of them, and cutting the model
-#   itself, as later chapters do, sends less.
+#   on a fast network, with few and large microbatches. On a slow one it waits in each of them. There the other ways
+#   to cut a model, those of later chapters, are worth a look: they send activations, not weights.
 
 # %%
 left = {n: sum(bytes_kept(1, n, 1, MIXED)) for n in (2, 8, 10**6)}
