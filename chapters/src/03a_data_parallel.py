@@ -1417,7 +1417,8 @@ def measured(tokens, targets, mesh, stage, microbatches):
     weights += sum(u.own.nbytes for u in units) if stage == 3 else 0  # before, a view into them
     gradients = sum(u.gradient.nbytes or u.own_gradient.nbytes for u in units)
     state = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimizer.state.values())
-    return (weights, gradients, state), book.bytes("dp"), sum(u.padded for u in units), len(units)
+    padding = sum(u.padded for u in units) - P
+    return (weights, gradients, state), book.bytes("dp"), padding, len(units)
 
 
 # %%
@@ -1425,18 +1426,20 @@ kept_at = {0: four[0]}  # of section 9
 for n, stage, microbatches in itertools.product((4, 3), (1, 2, 3), (1, 4)):
     with World(n) as some:
         answers = some.run(measured, *twice, Mesh(dp=n), stage, microbatches)
-    for (weights, gradients, state), sent, padded_size, units in answers:
-        formula = bytes_kept(stage, n, padded_size)
-        assert 0 <= padded_size - P < n * units  # less than a number a rank and unit
+    for (weights, gradients, state), sent, padding, units in answers:
+        formula = bytes_kept(stage, n, P + padding)
+        assert 0 <= padding < n * units  # less than a number a rank and unit
         assert [weights, gradients] == formula[:2] and state <= formula[2]  # padding has no state
-        travels = 4 * elements_sent(stage, n, padded_size, microbatches)
-        assert abs(sent - travels - 2 * (n - 1) / n * 16) < 1  # 16 bytes: loss and count, see section 5
+        travels = 4 * elements_sent(stage, n, P + padding, microbatches)
+        assert abs(sent - travels - 2 * (n - 1) / n * 16) < 1  # 16: loss and count, section 5
     assert sum(state for (*_, state), *_ in answers) == 8 * P  # each number has one owner
     if n == 4:
         kept_at[stage] = answers[0][0]
     else:
-        print(f"3 ranks, stage {stage}, m = {microbatches}: padding {padded_size - P}, sends {sent:,} bytes")
-print("you wrote:", prediction, "- each of 4 ranks:", *(f"{sum(kept_at[i]):,}" for i in (1, 2, 3)))
+        case = f"3 ranks, stage {stage}, m = {microbatches}"
+        print(f"{case}: padding {padding}, sends {sent:,} bytes")
+found = [f"{sum(kept_at[stage]):,}" for stage in (1, 2, 3)]
+print("you wrote:", prediction, "- each of 4 ranks:", *found)
 
 # %% [markdown] lang="en"
 # To the byte, padding included. (Padding grows with the number of units: stage 3 has one for each block and one for the
@@ -1493,8 +1496,14 @@ assert [round(gigabytes, 2) for gigabytes in paper] == [120, 31.41, 16.64, 1.88]
 prediction = None  # (stage, ranks, times)
 
 MODELS = {"7 billion": 7e9, "70 billion": 7e10, "405 billion": 4.05e11}
+WHITE = {"fc": "white", "ec": "none", "pad": 0.5}
 
 
+def short(number):
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+# %%
 def draw_stages(parameters, ranks, microbatches):
     count, places = MODELS[parameters], range(4)
     drawing, (memory, traffic) = viz.figure(8, 3.2, columns=2)
@@ -1503,28 +1512,31 @@ def draw_stages(parameters, ranks, microbatches):
     for i, part in enumerate(("weights", "gradients", "optimizer state")):
         below = [sum(sizes[:i]) for sizes in kept]
         size = [sizes[i] for sizes in kept]
-        memory.bar(places, size, bottom=below, color=viz.PALETTE[i], ec=viz.INK, lw=0.6, label=part)
+        look = {"color": viz.PALETTE[i], "ec": viz.INK, "lw": 0.6, "label": part}
+        memory.bar(places, size, bottom=below, **look)
     memory.axhline(80, color=viz.INK, ls="--", lw=1, label="80 GB")
     memory.legend(frameon=False, fontsize=8)
     traffic.bar(places, sent, 0.6, color=viz.PALETTE[5], ec=viz.INK, lw=0.6)
     for panel, totals in ((memory, [sum(sizes) for sizes in kept]), (traffic, sent)):
         panel.set(xlabel="stage", xticks=places, ylim=(0, 1.12 * max(*totals, 1)))
         for i, total in enumerate(totals):
-            panel.text(i, total, f"{total:,.4g}", ha="center", va="bottom", fontsize=8)
+            panel.text(i, total, short(total), ha="center", va="bottom", fontsize=8, bbox=WHITE)
     memory.set_title("GB on each rank, mixed precision", fontsize=10)
     traffic.set_title(f"GB sent in a step, microbatches: {microbatches}", fontsize=10)
-    listed = "; ".join(f"stage {i}: {sum(kept[i]):,.4g} and {sent[i]:,.4g}" for i in places)
-    return viz.describe(drawing, f"{parameters} parameters, {ranks} ranks. GB kept and GB sent: {listed}.")
+    listed = "; ".join(f"stage {i}: {short(sum(kept[i]))} and {short(sent[i])}" for i in places)
+    text = f"{parameters} parameters, {ranks} ranks. GB kept and GB sent: {listed}."
+    return viz.describe(drawing, text)
 
 
 # %%
 explore(draw_stages, parameters=MODELS, ranks=[8, 16, 64, 512], microbatches=[1, 4, 16])
 
 # %%
-fits = [(i, n) for i in range(4) for n in (8, 16, 64, 512) if sum(bytes_kept(i, n, 7e10, MIXED)) < 80e9]
+cases = itertools.product(range(4), (8, 16, 64, 512))
+first = next((i, n) for i, n in cases if sum(bytes_kept(i, n, 7e10, MIXED)) < 80e9)
 times = elements_sent(3, 64, 1, 16) / elements_sent(1, 64, 1, 16)
-print("you wrote:", prediction, "- first stage and ranks:", fits[0], f"- stage 3 sends {times:g} times as much")
-assert fits[0] == (3, 16) and times == 24
+print(f"you wrote: {prediction} - {first}, stage 3 sends {times:g} times as much")
+assert first == (3, 16) and times == 24
 
 # %% [markdown] lang="en"
 # ### When does a stage pay?
@@ -1542,25 +1554,26 @@ prediction = None  # for instance {"stage 1": [16], "stage 3": [1, 4, 16]}
 
 
 def waiting(stage, parameters, tokens, microbatches, network):
-    """Seconds of a step that sending adds, hidden as well as can be: an estimate. Latency and (n - 1)/n are left out.
+    """Seconds of a step that sending adds, hidden as well as can be: an estimate.
 
-    Stages 1 and 2 gather their weights under the next forward.
+    Latency and (n - 1)/n are left out. Stages 1 and 2 gather weights under the next forward.
     """
     forward = 2 * parameters * tokens / microbatches / SPEED
-    backward, half = 2 * forward, 2 * parameters / NETWORKS[network][1]  # half: of an all-reduce
-    late = [max(0, half - forward), max(0, half - backward), max(0, 2 * half - backward)]
-    if stage == 3:
-        return microbatches * (late[0] + late[2])
-    return late[2] if stage == 0 else late[0] + late[1] * (microbatches if stage == 2 else 1)
+    backward, half = 2 * forward, 2 * parameters / NETWORKS[network][1]  # of an all-reduce
+    gather, scatter = max(0, half - forward), max(0, half - backward)
+    both = max(0, 2 * half - backward)
+    by_stage = both, gather + scatter, gather + microbatches * scatter, microbatches * (gather + both)
+    return by_stage[stage]
 
 
 print("you wrote:", prediction)
 for network, stage in itertools.product(NETWORKS, (0, 1, 2, 3)):
     waits = [waiting(stage, 7e9, 2**16, m, network) for m in (1, 4, 16)]
     computing = 6 * 7e9 * 2**16 / SPEED
-    print(f"{network:<12} stage {stage}: waits", *(f"{x:6.2f} s" for x in waits), f"of {computing:.2f} s computing")
-    if network == "400 Gbit/s":
-        assert waits[:2] == [0, 0] and (waits[2] > 1) == (stage == 3)  # stages 0 to 2: a fraction of a second
+    listed = " ".join(f"{x:6.2f} s" for x in waits)
+    print(f"{network:<12} stage {stage}: waits {listed}, beside {computing:.2f} s of computing")
+    if network == "400 Gbit/s":  # 16 microbatches cost stages 0 to 2 a fraction of a second
+        assert waits[:2] == [0, 0] and 0 < waits[2] and (waits[2] > 1) == (stage == 3)
 
 # %% [markdown] lang="en"
 # - **Stage 1** sends what replicas send, and keeps less. What it saves depends on $n$: of 16 bytes a parameter, 10 are
@@ -1586,7 +1599,8 @@ def obstacles(parameters, ranks, tokens, network, memory=80e9, context=4096):
     found = []
     if 16 * parameters > memory:
         fits = [i for i in range(4) if sum(bytes_kept(i, ranks, parameters, MIXED)) <= memory]
-        found.append(f"a replica needs {16 * parameters / 1e9:,.0f} GB (fits at stage: {fits[0] if fits else 'none'})")
+        stage = f"stage {fits[0]} fits" if fits else "no stage fits"
+        found.append(f"a replica needs {16 * parameters / 1e9:,.0f} GB ({stage})")
     if tokens / context < ranks:
         found.append(f"{tokens / context:,.0f} rows for {ranks:,} ranks")
     _, backward, sending, _ = step_seconds(parameters, tokens / ranks, ranks, network)
