@@ -249,11 +249,11 @@ class Shares:
     def prepare(self, op: Op) -> None:
         """Before an action of this stage: what is outside of the blocks is needed throughout, and then a block."""
         if op != Op.W:
-            for unit in [*self.outside, *(self.first if op == Op.F else self.last)]:
+            outside = [unit for unit in self.outside if not unit.weights_stay]  # `refresh` has gathered the others
+            for unit in [*outside, *(self.first if op == Op.F else self.last)]:
                 unit.start_gather()
-            for unit in self.outside:
-                if not unit.weights_stay:  # else `refresh` has gathered them
-                    unit.gather()
+            for unit in outside:
+                unit.gather()
         if op == Op.B and not self.gradients_stay:
             self.finish()
             self.arm()

@@ -1275,8 +1275,8 @@ print("you wrote:", prediction, "- measured:", found)
 # keeps what stage 1 keeps. It is a trade of memory for bytes, and `parallelize` lets you choose: `zero=2`, and
 # `whole_gradients=True` for the second way.
 #
-# Mind the words *keep* and *hold*: a gradient that is under way still needs its room until it has arrived. What
-# stage 2 saves is what would stay between one microbatch and the next.
+# Mind the word *keep*: a gradient that is under way needs its room until it has arrived. The package sends the
+# gradients of a unit as soon as they are there, and lets two units be under way at most.
 #
 # **Exercise:** [task 03a.11](../exercises/03a_data_parallel.ipynb): mend shares that forget the padding.
 #
@@ -1573,7 +1573,7 @@ for network, stage in itertools.product(NETWORKS, (0, 1, 2, 3)):
     listed = " ".join(f"{x:6.2f} s" for x in waits)
     print(f"{network:<12} stage {stage}: waits {listed}, beside {computing:.2f} s of computing")
     if network == "400 Gbit/s":  # 16 microbatches cost stages 0 to 2 a fraction of a second
-        assert waits[:2] == [0, 0] and 0 < waits[2] and (waits[2] > 1) == (stage == 3)
+        assert waits[:2] == [0, 0] and waits[2] > 0 and (waits[2] > 1) == (stage == 3)
 
 # %% [markdown] lang="en"
 # - **Stage 1** sends what replicas send, and keeps less. What it saves depends on $n$: of 16 bytes a parameter, 10 are
