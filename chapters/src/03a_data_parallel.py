@@ -1496,7 +1496,7 @@ assert [round(gigabytes, 2) for gigabytes in paper] == [120, 31.41, 16.64, 1.88]
 prediction = None  # (stage, ranks, times)
 
 MODELS = {"7 billion": 7e9, "70 billion": 7e10, "405 billion": 4.05e11}
-WHITE = {"fc": "white", "ec": "none", "pad": 0.5}
+ABOVE = {"textcoords": "offset points", "bbox": {"fc": "white", "ec": "none", "pad": 0.3}}
 
 
 def short(number):
@@ -1520,7 +1520,7 @@ def draw_stages(parameters, ranks, microbatches):
     for panel, totals in ((memory, [sum(sizes) for sizes in kept]), (traffic, sent)):
         panel.set(xlabel="stage", xticks=places, ylim=(0, 1.12 * max(*totals, 1)))
         for i, total in enumerate(totals):
-            panel.text(i, total, short(total), ha="center", va="bottom", fontsize=8, bbox=WHITE)
+            panel.annotate(short(total), (i, total), (0, 3), ha="center", fontsize=8, **ABOVE)
     memory.set_title("GB on each rank, mixed precision", fontsize=10)
     traffic.set_title(f"GB sent in a step, microbatches: {microbatches}", fontsize=10)
     listed = "; ".join(f"stage {i}: {short(sum(kept[i]))} and {short(sent[i])}" for i in places)
