@@ -93,7 +93,7 @@ def _live(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> Any:
         else:
             options = {"options": [(str(v), v) for v in values]}
             field, slider = ipywidgets.Dropdown(**options), ipywidgets.SelectionSlider(**options, readout=False)
-        field.description = name
+        field.description, field.style.description_width = name, "initial"  # as wide as the name is
         ipywidgets.link((field, "value"), (slider, "value"))
         fields[name] = field
         rows.append(ipywidgets.HBox([field, slider]))
