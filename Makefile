@@ -45,7 +45,7 @@ lint: $(READY)  ## check style and types
 	$(BIN)/python -m mypy
 
 test: lint  ## run everything that CI runs
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 chapters solutions
 
 notebooks: $(READY)  ## build chapters, solutions and exercises from their sources

@@ -156,8 +156,7 @@ def whole(x: Tensor) -> Piece:
 
 def _model_pieces(model: Parallel) -> dict[str, Piece]:
     found = {f"model/{name}": piece(model, name, p) for name, p in model.named_parameters()}
-    mine = [key for key in model.buffers if model._owner_of_buffer(key) == model.pp.index]
-    return found | {f"model/{key}": whole(model.module.get_buffer(key)) for key in mine}
+    return found | {f"model/{key}": whole(x) for key, x in model.buffers_here().items()}
 
 
 def _optimizer_pieces(model: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
@@ -185,7 +184,7 @@ def _written(model: Parallel, found: dict[str, Piece]) -> dict[str, Piece]:
         kind, _, name = key.partition("/")
         name = name if kind == "model" else name.partition("/")[2]
         if name in model.buffers:
-            return model.tp.index == model.replicas.index == 0
+            return model.buffer_owner(name) == model.pp.index and model.tp.index == model.replicas.index == 0
         first = (0,) * len(model.shapes[name])
         return model.counts(name) and (kind != "scalar" or first in found[f"model/{name}"].boxes)
 

@@ -201,5 +201,9 @@ def _tell_where(control: Connection, thread: int, folder: str) -> None:
             frames = _frames(traceback.walk_stack(sys._current_frames()[thread]))
             control.send_bytes(travel.dumps((frames[::-1], time.process_time())))
         except (EOFError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)  # a killed caller could not
+            for _ in range(5):  # a killed caller could not; and this rank's main thread may write there still
+                shutil.rmtree(folder, ignore_errors=True)
+                if not os.path.exists(folder):
+                    break
+                time.sleep(0.02)
             os._exit(0)

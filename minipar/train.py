@@ -537,7 +537,8 @@ class Parallel:
         """
         if tokens.dim() != 2 or not tokens.numel():
             raise ValueError(f"generate needs token ids (rows, length) to begin with, not {tuple(tokens.shape)}")
-        generator, was_training = torch.Generator().manual_seed(seed), self.module.training
+        generator = torch.Generator().manual_seed(seed)
+        training = {layer: layer.training for layer in self.module.modules()}
         config: Any = self.module.config
         tokens, longest = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
         pieces = self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)  # that the sequence is cut into
@@ -553,7 +554,8 @@ class Parallel:
             else:
                 drawn = logits.argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, drawn.to(tokens)], 1)
-        self.train(was_training)
+        for layer, mode in training.items():
+            layer.training = mode
         return tokens
 
     def train(self, mode: bool = True) -> "Parallel":
@@ -629,19 +631,23 @@ class Parallel:
             raise ValueError(f"the state has no {sorted(missing)[0]!r} ({len(missing)} keys are missing)")
         if strange := state.keys() - self.state_names.keys():
             raise ValueError(f"the model has no {sorted(strange)[0]!r} ({len(strange)} keys are not its own)")
+        for key, needed in (self.shapes | {key: x.shape for key, x in self.buffers.items()}).items():
+            if state[key].shape != needed:
+                have, need = tuple(state[key].shape), tuple(needed)
+                raise ValueError(f"{key!r} has shape {have} in the state, and {need} in this model")
         for name, parameter in self.here.items():
-            if state[name].shape != self.shapes[name]:
-                have, need = tuple(state[name].shape), tuple(self.shapes[name])
-                raise ValueError(f"{name!r} has shape {have} in the state, and {need} in this model")
             whole = state[name].to(self.device)
             share = cut.take(parameter, whole)
             if name in self.units:
                 self.units[name].load(name, share)
             else:
                 copy_part(share, self.owned[name])
-        for key in self.buffers:
-            if self._owner_of_buffer(key) == self.pp.index:
-                self.module.get_buffer(key).copy_(state[key])
+        for key, buffer in self.buffers_here().items():
+            buffer.copy_(state[key])
+
+    def buffers_here(self) -> dict[str, Tensor]:
+        """The buffers that this rank's forward may use: its stages', and all that are outside of blocks."""
+        return {key: x for key, x in self.module.named_buffers() if key in self.buffers}
 
     def _wholes(self, names: list[str], what: str) -> dict[str, Tensor]:
         """Whole parameters or gradients ("data", "grad"), from the first of their stages to all. A collective."""
@@ -676,11 +682,11 @@ class Parallel:
         return found
 
     def _whole_buffer(self, key: str) -> Tensor:
-        root = self._owner_of_buffer(key)
+        root = self.buffer_owner(key)
         value = self.module.get_buffer(key) if root == self.pp.index else torch.empty_like(self.buffers[key])
         return broadcast(value, self.pp, root)
 
-    def _owner_of_buffer(self, key: str) -> int:
+    def buffer_owner(self, key: str) -> int:
         return self.owner[self.stages.home[key]]
 
     # -- what happened --------------------------------------------------------------------------------------------

@@ -42,6 +42,13 @@ class Wrapped:
         self.module: Any = wrap(stage, device_mesh) or stage
         if not isinstance(self.module, nn.Module):
             raise TypeError(f"wrap gave a {type(self.module).__name__}: it must give the wrapped stage, a module")
+        ddp = isinstance(self.module, DistributedDataParallel)
+        left_out = [n for n, p in self.module.named_parameters() if not (ddp or isinstance(p, DTensor))]
+        if left_out and axis.size > 1:
+            raise ValueError(
+                f"wrap left out {left_out[0]}, whose gradient nobody would sum over dp={axis.size}: wrap the stage "
+                "too, not only its blocks"
+            )
         self.axis = axis
 
     def __call__(self, state: Any, inputs: Any) -> Any:

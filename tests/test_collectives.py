@@ -10,7 +10,7 @@ import pytest
 import torch
 from laws import batch_of, model_of
 
-from minipar import Config, Mesh, World, connect, gpt, ledger, one_f_one_b, parallelize, rings
+from minipar import Config, Mesh, World, connect, gpt, ledger, one_f_one_b, parallelize, rings, zero_bubble_h1
 from minipar import collectives as c
 from minipar.board import DEPTH
 from minipar.data import Gradients
@@ -596,3 +596,24 @@ def test_ranks_with_unlike_numbers_of_groups_still_find_each_other():
 
     with World(4) as world:
         assert world.run(meet, limit=30) == [4.0] * 4
+
+
+def test_with_split_backwards_buckets_leave_before_the_last_weight_gradient(world4):
+    """What a stage's last W is still to give is what its sums wait for, and nothing else."""
+
+    config = Config(vocab=19, context=8, depth=4, width=16, heads=4)
+
+    def all_under_way():
+        parallel, seen = parallelize(model_of(config), Mesh(dp=2, pp=2), microbatches=2, schedule=zero_bubble_h1), []
+        for some in parallel._all_gradients():
+            finish = some.finish
+
+            def ended(some=some, finish=finish):
+                seen.append(len(some.pending) == len(some.buckets))  # else they start only now
+                finish()
+
+            some.finish = ended
+        parallel.step(*batch_of(config, 8, 8))
+        return seen
+
+    assert all(seen and all(seen) for seen in world4.run(all_under_way))

@@ -8,8 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from minipar import Mesh, World, connect, context, here, ledger
+from minipar import Mesh, World, connect, context, here, ledger, parallelize
 
 
 @pytest.fixture(scope="module")
@@ -407,3 +408,35 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(world2, call, says
 def test_the_pairs_of_a_length_that_does_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"sequence length 30 is not divisible by 2·cp = 8 chunks: 24 or 32 would fit"):
         context.causal_pairs(30, range(8))
+
+
+class Scaled(nn.Module):
+    """Attention with a scale of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.scale = nn.Linear(8, 8).double(), 3.0
+
+    def forward(self, x):
+        q = self.q(x).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=self.scale).squeeze(1)
+
+
+class Scaling(nn.Module):
+    tp_plan = {"embed": "sequence_split"}
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(19, 8).double(), Scaled(), nn.Linear(8, 19).double()
+
+    def forward(self, ids):
+        return self.head(self.inner(self.embed(ids)))
+
+
+def test_a_scale_of_the_models_own_goes_around_the_ring(world2):
+    def apart():
+        torch.manual_seed(0)
+        model, tokens = Scaling(), torch.arange(32).view(4, 8) % 19
+        return (parallelize(model, Mesh(cp=2))(tokens) - model(tokens)).abs().max().item()
+
+    assert all(x <= 1e-12 for x in world2.run(apart))

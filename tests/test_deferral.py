@@ -156,3 +156,26 @@ def test_what_backward_computes_again_is_not_counted_twice():
     assert w.grad is None and x.grad is not None
     weights.finish()
     torch.testing.assert_close([x.grad, w.grad, b.grad], wanted, rtol=0, atol=1e-13)
+
+
+def test_float64_stays_float64_where_all_else_computes_in_16_bits():
+    x, w = torch.randn(4, 3, dtype=torch.float64), nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    deferral = Deferral()
+    weights = deferral.begin()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = deferral.linear(x, w)
+        assert y.dtype is F.linear(x, w).dtype is torch.float64 and y.equal(F.linear(x, w))
+    y.sum().backward()
+    weights.finish()
+    assert w.grad.dtype is torch.float64
+
+
+def test_a_hook_on_a_weight_sees_a_gradient_that_was_put_off():
+    x, w = torch.randn(4, 3), nn.Parameter(torch.randn(5, 3))
+    w.grad = torch.zeros_like(w)
+    seen = []
+    w.register_hook(lambda g: seen.append(g.clone()) or g * 2)
+    weights = (deferral := Deferral()).begin()
+    deferral.linear(x, w).sum().backward()
+    weights.finish()
+    assert len(seen) == 1 and torch.allclose(w.grad, 2 * seen[0])

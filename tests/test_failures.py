@@ -526,3 +526,12 @@ def test_a_world_runs_one_function_at_a_time(world2: World) -> None:
         world2.run(reduced)
     first.join()
     assert world2.run(reduced) == [2.0, 2.0]
+
+
+def test_a_deadlock_names_the_message_that_was_never_received(world2, impatient):
+    def lonely():
+        if here().rank == 0:
+            torch.distributed.send(torch.ones(2), 1)
+
+    with pytest.raises(RankError, match="rank 1 returned without receiving message 1 of rank 0"):
+        world2.run(lonely)

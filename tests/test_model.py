@@ -309,3 +309,64 @@ def test_the_padding_row_of_a_cut_embedding_gets_no_gradient(world2):
     whole, *_ = world2.run(gradients, Mesh(dp=2))
     for cut in world2.run(gradients, Mesh(tp=2)):
         assert not whole[5].any() and (cut - whole).abs().max() < 1e-15
+
+
+class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        return torch.tanh(self.layer(x)) * scale
+
+
+class Scaling(nn.Module):
+    """A buffer outside of the blocks, which all of them use."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+        self.blocks = nn.ModuleList(Times() for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x, self.scale)
+        return x
+
+
+@pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(pp=2)], ids=str)
+def test_every_stage_loads_a_buffer_that_its_blocks_use(world2, mesh):
+    def apart():
+        torch.manual_seed(0)
+        other, x = Scaling(3.0).double(), torch.randn(4, 4).double()
+        parallel = parallelize(Scaling(1.0).double(), mesh)
+        parallel.load_full_state_dict(other.state_dict())
+        return (parallel(x) - other(x)).abs().max().item()
+
+    assert all(x <= 1e-12 for x in world2.run(apart))
+
+
+def test_a_state_that_does_not_fit_changes_nothing(world2):
+    """Also where the tensor that does not fit is another stage's."""
+
+    def unchanged(key):
+        parallel = parallelize(tiny(), Mesh(pp=2))
+        before, state = parallel.full_state_dict(), tiny(seed=1).state_dict()
+        state[key] = torch.zeros(3)
+        with pytest.raises(ValueError, match=f"'{key}' has shape .3,. in the state"):
+            parallel.load_full_state_dict(state)
+        return all(x.equal(before[name]) for name, x in parallel.full_state_dict().items())
+
+    for key in ("embed.token.weight", "head.weight"):
+        assert world2.run(unchanged, key) == [True, True]
+
+
+def test_generate_leaves_each_layer_in_its_mode(world2):
+    def modes():
+        parallel = parallelize(tiny(), Mesh(dp=2))
+        parallel.module.blocks[1].eval()
+        before = [layer.training for layer in parallel.module.modules()]
+        parallel.generate(torch.zeros(1, 2, dtype=torch.long), 2)
+        return before == [layer.training for layer in parallel.module.modules()] and len(set(before)) == 2
+
+    assert world2.run(modes) == [True, True]

@@ -295,3 +295,17 @@ def test_gradients_are_those_of_the_masks_that_were_drawn(world2):
         tokens, targets = batch()
         nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).backward()
         assert differences(gradients, {name: p.grad for name, p in model.named_parameters()}) == ""
+
+
+@pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(cp=2), Mesh(ep=2)], ids=str)
+def test_ranks_with_other_tokens_have_streams_of_their_own(world2, mesh):
+    def seeds():
+        config = Config(**SHAPE, experts=0 if mesh.ep == 1 else 2)
+        parallel, seen = parallelize(model_of(config), mesh), []
+        begin = parallel.streams.begin
+        parallel.streams.begin = lambda *both: (seen.extend(both), begin(*both))
+        parallel.step(*batch_of(config, 4, 8))
+        return seen
+
+    one, other = world2.run(seeds)
+    assert not set(one) & set(other)

@@ -11,10 +11,11 @@ import torch
 from laws import batch_of, model_of
 
 from minipar import Config, Costs, Mesh, Timeline, bubble, gpipe, one_f_one_b, parallelize, simulate
-from minipar.collectives import everyone
+from minipar.collectives import Axis, everyone
 from minipar.recording import clock_offset
 from minipar.schedule import COMPUTE, Action, Op, depends_on
 from minipar.timeline import Span
+from minipar.transport import Alone
 
 TINY = Config(vocab=19, context=8, depth=4, width=16, heads=4)
 MESHES = [Mesh(pp=4), Mesh(dp=2, pp=2), Mesh(pp=2, tp=2)]
@@ -130,3 +131,23 @@ def test_the_bubble_of_any_timeline_is_what_is_not_computed():
     assert timeline.end == 5
     assert bubble(timeline) == pytest.approx(1 - 5 / 10)
     assert bubble(timeline, of="stage") == pytest.approx(1 - 3 / 5)
+
+
+def test_of_several_round_trips_the_shortest_counts_and_its_middle():
+    """A clock 100 s ahead; each way takes as long, the second of the trips is the shortest."""
+    true, waits = [0.0], iter([3.0, 0.5, 2.0, 4.0, 5.0])
+    axis = Axis("all", (0, 1), 1, Alone())
+
+    def send(x, ranks, to):
+        true[0] += (wait := next(waits))
+        pending.append((true[0], wait))
+
+    def recv(like, ranks, source):
+        now, wait = pending.pop()
+        true[0] += wait
+        return torch.tensor([now], dtype=torch.float64)
+
+    pending = []
+    clock = patch("minipar.recording.time.perf_counter", lambda: true[0] + 100)
+    with clock, patch("minipar.recording.send", send), patch("minipar.recording.recv", recv):
+        assert clock_offset(axis) == pytest.approx(100.0, abs=1e-9)

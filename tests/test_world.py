@@ -10,6 +10,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy
 import psutil
@@ -329,3 +330,23 @@ def test_the_same_script_gives_the_same_numbers_under_torchrun(tmp_path: Path) -
 
 def test_main_needs_no_torchrun() -> None:
     assert main(lambda x: x + here().rank, 1, ranks=2) == [1, 2]
+
+
+def test_under_torchrun_the_local_rank_chooses_the_device(monkeypatch):
+    names = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "here"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+
+    class Asked(Exception):
+        pass
+
+    def settle(*arguments, **_):
+        raise Asked(*arguments[:4])
+
+    with (
+        patch("minipar.world._store", lambda *_: None),
+        patch("minipar.world.settle", settle),
+        pytest.raises(Asked) as asked,
+    ):
+        main(lambda: None)
+    assert asked.value.args == (5, 8, 1, 4)

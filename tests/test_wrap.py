@@ -81,3 +81,12 @@ def test_the_device_mesh_names_the_axes(world8):
 def test_what_does_not_go_together_is_refused(world2, layout):
     with pytest.raises(Exception, match="wrap needs zero=0, cp=1, ep=1 and a schedule with one stage a rank"):
         world2.run(partial(parallelize, model_of(Config(**SHAPE)), Mesh(pp=2), wrap=sharded, **layout))
+
+
+def test_a_wrapper_that_leaves_parameters_out_is_refused(world2):
+    def blocks_only(stage, device_mesh):
+        for block in stage.blocks:
+            fully_shard(block, mesh=device_mesh["dp"])
+
+    with pytest.raises(Exception, match=r"wrap left out .*embed.token.weight, whose gradient nobody"):
+        world2.run(partial(parallelize, model_of(Config(**SHAPE)), Mesh(dp=2), wrap=blocks_only))

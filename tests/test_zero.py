@@ -269,3 +269,39 @@ def test_frozen_parameters_stay_and_cost_no_gradient(world2):
 def test_zero_that_is_none_of_the_stages_is_refused():
     with pytest.raises(ValueError, match="zero=4: 0, 1, 2 or 3"):
         partial(parallelize, model_of(CONFIG), Mesh(), zero=4)()
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.single, self.head = nn.Embedding(19, 8).double(), nn.Linear(8, 8), nn.Linear(8, 19).double()
+
+    def forward(self, ids):
+        return self.head(self.single(self.embed(ids).float()).double())
+
+
+def test_shares_keep_their_dtype(world2):
+    def mixed(zero):
+        torch.manual_seed(0)
+        parallel = parallelize(Mixed(), Mesh(dp=2), zero=zero)
+        parallel.step(*batch_of(Config(vocab=19), ROWS, 7))
+        return parallel.full_gradients()
+
+    wanted = world2.run(mixed, 0)[0]
+    for zero in (1, 2):
+        got = world2.run(mixed, zero)[0]
+        assert {name: g.dtype for name, g in got.items()} == {name: g.dtype for name, g in wanted.items()}
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_frozen_parameters_are_loaded_too(world2, zero):
+    def loaded():
+        model = model_of(CONFIG, seed=1)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("mlp" in name)
+        parallel = parallelize(model, Mesh(dp=2), zero=zero)
+        parallel.load_full_state_dict(state := model_of(CONFIG).state_dict())
+        return all(x.equal(state[name]) for name, x in parallel.full_state_dict().items())
+
+    assert world2.run(loaded) == [True, True]
