@@ -338,9 +338,11 @@ def test_simulation_is_linear_in_the_actions():
         simulate(order)
         return time.process_time() - start
 
-    best = {microbatches: min(seconds_for(microbatches) for _ in range(3)) for microbatches in (128, 1024)}
-    assert best[1024] < 2
-    assert best[1024] < 8 * best[128] * 2, f"seconds by microbatches: {best}"
+    for _ in range(5):
+        seconds = {microbatches: seconds_for(microbatches) for microbatches in (128, 1024)}
+        if seconds[1024] < min(2, 8 * seconds[128] * 2):
+            return
+    raise AssertionError(f"seconds by microbatches: {seconds}")
 
 
 def test_activations_and_gradients_may_take_different_times_to_travel():

@@ -126,12 +126,16 @@ def run(notebook: NotebookNode, folder: Path) -> None:
     """Run every cell in a kernel of this Python, in `folder`, and keep the outputs in the notebook."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from traitlets.config import Config
+
+    from .kernel import by_file
 
     client = NotebookClient(
         notebook,
         timeout_func=lambda cell: cell.metadata.get("seconds", CELL_SECONDS),
         resources={"metadata": {"path": str(folder)}},
         kernel_name="python3",
+        config=Config(KernelManager=by_file()),
         extra_arguments=["--log-level=40"],  # not that a loopback connection is not encrypted
         coalesce_streams=True,
         record_timing=False,

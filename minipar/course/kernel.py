@@ -7,9 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any
+from uuid import uuid4
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
+from jupyter_core.paths import jupyter_runtime_dir
 from nbval.kernel import RunningKernel
 
 from .tasks import CourseError
@@ -23,6 +25,16 @@ class CellFailed(CourseError):
     """The notebook's own set-up, or an answer of the solution, does not run. The message is its error."""
 
 
+def by_file() -> dict[str, str]:
+    """Settings of a kernel that is reached by files, not by ports: the manager finds ports that are free, and until the
+    kernel listens there somebody else may, such as the ranks of a World that starts meanwhile."""
+    if sys.platform == "win32":
+        return {}
+    folder = Path(jupyter_runtime_dir())
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return {"transport": "ipc", "ip": str(folder / f"kernel-{uuid4().hex[:12]}")}
+
+
 class _ThisPython(KernelSpecManager):
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         launch = "from minipar.course.launch import main; main()"
@@ -34,7 +46,7 @@ class Kernel(RunningKernel):
     """A kernel started in `folder`. Creating it does not wait; `ready()` does."""
 
     def __init__(self, folder: Path):
-        self.km = KernelManager(kernel_name="minipar", kernel_spec_manager=_ThisPython())
+        self.km = KernelManager(kernel_name="minipar", kernel_spec_manager=_ThisPython(), **by_file())
         self.km.start_kernel(cwd=str(folder), stderr=subprocess.DEVNULL)
         self.folder = folder
         self.kc: Any = None
