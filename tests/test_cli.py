@@ -172,10 +172,14 @@ def test_bad_input_is_answered_in_one_line(arguments, said, capsys):
     assert err.count("\n") == 1 and not out
 
 
-def test_bad_input_ends_the_process_with_2_and_no_traceback():
-    done = run("minipar", "train", "--tp", "3")
-    assert done.returncode == 2
-    assert re.fullmatch(r"python -m minipar train: .*tp=3.*\n", done.stderr), done.stderr
+def test_bad_input_that_a_rank_finds_is_answered_without_its_traceback(capsys):
+    assert main(["train", "--tp", "3"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"python -m minipar train: .*tp=3.*\n", said), said
+
+
+def test_bad_input_ends_the_process_with_2():
+    assert run("minipar", "train", "--dp", "0").returncode == 2
 
 
 def test_the_doctor_finds_this_machine_fit():
