@@ -26,7 +26,7 @@ from .mesh import Mesh
 from .model import Config, gpt
 from .rank import here
 from .recompute import HOW
-from .schedule import gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
+from .schedule import SCHEDULES
 from .tensor import cross_entropy
 from .train import Parallel, parallelize
 from .world import RankError, main
@@ -34,14 +34,6 @@ from .world import RankError, main
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-SCHEDULES = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "interleaved": interleaved,
-    "zero-bubble-h1": zero_bubble_h1,
-    "zero-bubble-h2": zero_bubble_h2,
-    "zero-bubble-v": zero_bubble_v,
-}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOSE = 1e-9  # of the largest gradient; rounding in float64 stays far below, also after many steps
 PROMPT, NEW_TOKENS = "The", 48

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .mesh import Mesh
+from .mesh import Mesh, bounds
 from .transport import Alone, Pending, Staged, Torch, Transport
 from .world import here
 
@@ -94,11 +94,6 @@ def _group(ranks: tuple[int, ...], second: bool) -> dist.ProcessGroup | None:
     name = f"minipar {ranks} {second}"
     with patch.object(distributed_c10d, "_hash_ranks_to_str", lambda _: name, create=True):
         return dist.new_group(ranks, use_local_synchronization=True)
-
-
-def bounds(size: int, parts: int) -> list[int]:
-    """Where to cut `size` things into `parts` shares that differ by one at most: share i is [b[i], b[i+1])."""
-    return [size * i // parts for i in range(parts + 1)]
 
 
 # -- collectives ---------------------------------------------------------------------------------------------

@@ -4,6 +4,11 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 
+def bounds(size: int, parts: int) -> list[int]:
+    """Where to cut `size` things into `parts` shares that differ by one at most: share i is [b[i], b[i+1])."""
+    return [size * i // parts for i in range(parts + 1)]
+
+
 @dataclass(frozen=True)
 class Mesh:
     """A grid of ranks, numbered row by row: the last axis varies fastest.

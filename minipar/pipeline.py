@@ -203,6 +203,22 @@ class Spec:
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.leaves]
 
 
+class Idle:
+    """Stages that compute nothing. They give what `stages` gave for inputs of that shape, with NaN for numbers."""
+
+    def __init__(self, stages: Callable[[int, Any, Batch], Any]):
+        self.stages = stages
+        self.given: dict[tuple[int, Any], Any] = {}  # (stage, shapes of its inputs) -> what it gives
+
+    def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
+        key = stage, _shapes(inputs)
+        if key not in self.given:
+            with torch.no_grad():
+                given = self.stages(stage, state, inputs)
+            self.given[key] = pytree.tree_map_only(Tensor, lambda x: _nothing(x).contiguous(), given)
+        return self.given[key]
+
+
 Place = tuple[int, int]  # (stage, microbatch)
 
 
@@ -214,6 +230,7 @@ class Executor:
 
     owner: stage -> index on the axis. prepare(action) and settle(action) are called around each computation;
     reduce(stage, coming) at REDUCE, with the parameters whose gradient is still to come, or None for all.
+    pace(action): seconds that a computation takes at least.
     """
 
     def __init__(
@@ -226,9 +243,10 @@ class Executor:
         prepare: Callable[[Action], None],
         settle: Callable[[Action], None],
         reduce: Callable[[int, set[Tensor] | None], None],
+        pace: Callable[[Action], float] = lambda action: 0.0,
     ):
         self.stages, self.axis, self.owner, self.deferral, self.device = stages, axis, owner, deferral, device
-        self.prepare, self.settle, self.reduce_stage = prepare, settle, reduce
+        self.prepare, self.settle, self.reduce_stage, self.pace = prepare, settle, reduce, pace
         self.specs: dict[tuple[int, Any], Spec] = {}  # (stage, shapes of its inputs) -> what it gives
         self.spans: list[tuple[Action, float, float]] = []
 
@@ -299,6 +317,8 @@ class Executor:
         self.prepare(action)
         yield
         self.settle(action)
+        if (left := start + self.pace(action) - time.perf_counter()) > 0:
+            time.sleep(left)
         self.spans.append((action, start, time.perf_counter()))
 
     def reduce(self, action: Action) -> None:

@@ -137,6 +137,16 @@ def zero_bubble_v(stages: int, microbatches: int) -> Schedule:
     return [program(rank) for rank in range(stages)]
 
 
+SCHEDULES: dict[str, Scheduler] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zero-bubble-h1": zero_bubble_h1,
+    "zero-bubble-h2": zero_bubble_h2,
+    "zero-bubble-v": zero_bubble_v,
+}
+
+
 def forward_only(schedule: Schedule) -> Schedule:
     """Inference: one microbatch through the same stages on the same ranks."""
     return [[a for a in program if a.op == Op.F and a.microbatch == 0] for program in schedule]

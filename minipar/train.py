@@ -33,13 +33,13 @@ from .device import default_generator
 from .expert import cut_experts
 from .mesh import Mesh
 from .model import MoE
-from .pipeline import Batch, Executor, Stages, spread
+from .pipeline import Batch, Executor, Idle, Stages, spread
 from .precision import LossScale, computing_in
 from .randomness import Masks, Shared, Streams, remember
 from .recompute import HOW, keep_less
 from .recording import collect
 from .schedule import Action, Op, Scheduler, check, communicate, forward_only, one_f_one_b, owners
-from .timeline import Span, Timeline, simulate
+from .timeline import Costs, Span, Timeline, simulate
 from .world import here
 from .wrap import Stage, Wrap, Wrapped, copy_part, hide, local, together
 from .zero import Shares, Unit
@@ -62,6 +62,7 @@ def parallelize(
     recompute: str = "none",
     dtype: torch.dtype | None = None,
     wrap: Wrap | None = None,
+    pace: Costs | None = None,
     **unknown: Any,
 ) -> "Parallel":
     """Lay a model out on a mesh. Every rank of the mesh calls it, with the same model and weights.
@@ -87,6 +88,9 @@ def parallelize(
         the optimizer's step changes nothing.
     wrap: (stage, device_mesh) -> a module: torch's fully_shard or DistributedDataParallel around each rank's stage. The
         device mesh has the axes by their names. See `minipar.wrap`.
+    pace: what actions cost. Ranks then wait so long where they would compute, and only what travels between stages and
+        for gradients is real: the loss is NaN and gradients are zero, but the recorded timeline is that of a machine
+        with a core for each rank, on however few there are.
 
     Raises ValueError, with what would fit, if the mesh is not the number of ranks, tp does not divide the heads, there
     are fewer blocks than stages, ep does not divide the experts, the plan does not match the model, or the schedule is
@@ -100,7 +104,7 @@ def parallelize(
     return Parallel(
         model,
         mesh,
-        Options(schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype, wrap),
+        Options(schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype, wrap, pace),
     )
 
 
@@ -118,6 +122,7 @@ class Options:
     recompute: str
     dtype: torch.dtype | None
     wrap: Wrap | None
+    pace: Costs | None
 
     def __post_init__(self) -> None:
         if not callable(self.schedule):
@@ -134,6 +139,10 @@ class Options:
             raise ValueError(f"recompute={self.recompute!r}: one of {', '.join(HOW)}")
         if self.dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={self.dtype!r}: torch.bfloat16, torch.float16, or None for the module's own")
+        if not isinstance(self.pace, Costs | None):
+            raise TypeError(f"pace={self.pace!r}: minipar.Costs(forward=...), in seconds")
+        if self.pace and self.wrap:
+            raise ValueError("pace does not go with wrap: a wrapper expects a backward")
 
 
 class Parallel:
@@ -194,7 +203,7 @@ class Parallel:
         self.dtype, self.scale = options.dtype, LossScale() if options.dtype is torch.float16 else LossScale(1.0)
         self.shares = {stage: self._shares(stage) for stage in sorted(mine)} if zero else {}
         self.gradients: dict[int, Sequence[data.Gradients | Shares | Wrapped]]
-        self.run: Callable[[int, Any, Batch], Any] = self.stages
+        self.run: Callable[[int, Any, Batch], Any] = Idle(self.stages) if options.pace else self.stages
         if options.wrap:
             self.gradients = {min(mine): [self._wrap(options.wrap)]}
         elif zero:
@@ -208,7 +217,15 @@ class Parallel:
             self.owned = dict(self.module.named_parameters())
         self.stages.open_window()
         self.executor = Executor(
-            self._run_stage, self.pp, self.owner, deferral, self.device, self._prepare, self._settle, self._reduce
+            self._run_stage,
+            self.pp,
+            self.owner,
+            deferral,
+            self.device,
+            self._prepare,
+            self._settle,
+            self._reduce,
+            options.pace or (lambda action: 0.0),
         )
         seed = torch.tensor(torch.initial_seed() % 2**63, device=self.device)
         self.seed, self.steps = int(broadcast(seed, everyone())), 0

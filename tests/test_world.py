@@ -177,10 +177,18 @@ def test_a_bar_that_redraws_itself_is_redrawn_in_its_line(capsys: pytest.Capture
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
+def lives(pid: int) -> bool:
+    """Whether a process runs. It may end while it is asked about."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(pids: list[int], within: float = 3.0) -> bool:
     """Whether all these processes end in time."""
     end = time.monotonic() + within
-    while alive := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]:
+    while alive := [pid for pid in pids if lives(pid)]:
         if time.monotonic() > end:
             print("still there:", alive)
             return False
