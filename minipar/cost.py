@@ -108,9 +108,9 @@ MEGATRON_2021 = Kernels(fused_attention=False, dropout=True, overlap=False)  # a
 
 
 def forward_flops(model: Transformer, sequence: int, causal: bool = False) -> dict[str, float]:
-    """FLOPs of the matrix products of one token's forward: 2 for each weight that works on it, and 4 s h for attention's
-    two products with the s tokens of its row (half of it if what the mask hides is not counted). All else is left out:
-    it is a matter of bytes, not of FLOPs.
+    """FLOPs of the matrix products of one token's forward: 2 for each weight that works on it, and 4 s h for the two
+    products of attention with the s tokens of its row (half of it if what the mask hides is not counted). All else is
+    left out: it is a matter of bytes, not of FLOPs.
 
     For a GPT, 24 h^2 + 4 s h a layer and 2 h V: what Narayanan et al. 2021 (appendix) and Korthikanti et al. 2022
     (appendix A) count.
@@ -122,9 +122,7 @@ def forward_flops(model: Transformer, sequence: int, causal: bool = False) -> di
     }
 
 
-def step_flops(
-    model: Transformer, batch: int, sequence: int, recompute: str = "none", causal: bool = False
-) -> float:
+def step_flops(model: Transformer, batch: int, sequence: int, recompute: str = "none", causal: bool = False) -> float:
     """FLOPs of a step over `batch` rows. Backward is twice forward: each product has two, for its input's gradient and
     for its weight's.
 

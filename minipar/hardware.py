@@ -82,8 +82,8 @@ def load_cluster(file: str | Path) -> Cluster:
     """Read what `Cluster.save` wrote, or somebody by hand. ValueError names a field that is missing or unknown."""
     try:
         read: dict[str, Any] = json.loads(Path(file).read_text())
-        parts = {"device": Device(**read.pop("device"))} | {n: Link(**read.pop(n)) for n in ("inside", "between")}
-        return Cluster(**parts, **read)
+        device, inside, between = Device(**read.pop("device")), Link(**read.pop("inside")), Link(**read.pop("between"))
+        return Cluster(device=device, inside=inside, between=between, **read)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} does not describe a cluster: {error}") from None
 

@@ -34,7 +34,7 @@ from .cost import (
     step_flops,
 )
 from .hardware import Cluster, Link
-from .schedule import Action
+from .schedule import Action, Op
 from .timeline import Costs, Timeline, simulate
 from .transformer import Transformer
 
@@ -138,9 +138,7 @@ def block_seconds(
         "full": forward + once + others,
     }[layout.recompute]
     tensor = (3 if layout.recompute == "full" else 2) * once
-    return Block(
-        forward + once + others, by_input + once + 2 * others + again, by_weight, products, tensor, 3 * others
-    )
+    return Block(forward + once + others, by_input + once + 2 * others + again, by_weight, products, tensor, 3 * others)
 
 
 def _link(cluster: Cluster, layout: Layout, axis: str, kernels: Kernels) -> Link:
@@ -208,7 +206,8 @@ class Prediction:
         return simulate(self.layout.order(), self.costs)
 
     def __str__(self) -> str:
-        spent = ", ".join(f"{name} {s / self.seconds:.0%}" for name, s in self.parts.items() if s > 0.005 * self.seconds)
+        shares = {name: seconds / self.seconds for name, seconds in self.parts.items()}
+        spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > 0.005)
         return (
             f"{self.model.name} on {self.layout.mesh}: {self.seconds:.2f} s a step, "
             f"{self.flops_per_device() / 1e12:.0f} TFLOP/s a device (MFU {self.mfu:.0%}), "
@@ -261,8 +260,8 @@ def predict(
     costs = Costs(forward, by_input, by_weight, crossing)
 
     def work(share: Share) -> float:
-        each = (Action(op, stage, 0) for stage in share.stages for op in ("F", "B"))
-        return m * sum(costs(action) for action in each)  # type: ignore[arg-type]
+        each = (Action(op, stage, 0) for stage in share.stages for op in (Op.F, Op.B))
+        return m * sum(costs(action) for action in each)
 
     busy = max(owned, key=work)
     if exact:
@@ -293,7 +292,7 @@ def predict(
 def _estimated_bubble(layout: Layout, costs: Costs, stages: int) -> float:
     """Seconds that the busiest rank waits, about: see the docstrings of the schedules."""
     p, middle = layout.mesh.pp, stages // 2
-    f, i, w = (_price(costs, op, middle) for op in ("F", "I", "W"))
+    f, i, w = (costs(Action(op, middle, 0)) for op in (Op.F, Op.I, Op.W))
     one = {"1f1b": f + i + w, "gpipe": f + i + w, "interleaved": f + i + w}.get(layout.schedule)
     if layout.schedule == "zero-bubble-h1":
         one = max(f + i - w, 0)
@@ -303,10 +302,6 @@ def _estimated_bubble(layout: Layout, costs: Costs, stages: int) -> float:
         one = max(f, i, w) - min(f, i, w)
     assert one is not None
     return (p - 1) * one
-
-
-def _price(costs: Costs, op: str, stage: int) -> float:
-    return costs(Action(op, stage, 0))  # type: ignore[arg-type]
 
 
 def _data_seconds(

@@ -101,11 +101,8 @@ def parallelize(
         raise TypeError(f"parallelize has no option {', '.join(unknown)}; its options are {names}")
     if not isinstance(model, nn.Module) or not isinstance(mesh, Mesh):
         raise TypeError(f"parallelize takes a module and a Mesh, not {type(model).__name__} and {type(mesh).__name__}")
-    return Parallel(
-        model,
-        mesh,
-        Options(schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype, wrap, pace),
-    )
+    options = schedule, microbatches, loss, sequence_parallel, plan, zero, whole_gradients, recompute, dtype, wrap, pace
+    return Parallel(model, mesh, Options(*options))
 
 
 @dataclass(frozen=True)

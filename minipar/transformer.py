@@ -163,6 +163,7 @@ def from_configuration(configuration: Any) -> Transformer:
     if first("mlp_only_layers", default=[]) or first("decoder_sparse_step", default=1) != 1:
         raise ValueError(f"this {family} has dense blocks among those with experts: a Transformer has one kind")
     experts = first("num_local_experts", "num_experts")
+    width = ("moe_intermediate_size",) if family == "qwen3_moe" else ("intermediate_size", "n_inner")
     return Transformer(
         name=first("name_or_path", default="") or family,
         layers=first("num_hidden_layers", "n_layer"),
@@ -171,7 +172,7 @@ def from_configuration(configuration: Any) -> Transformer:
         vocabulary=first("vocab_size"),
         kv_heads=first("num_key_value_heads"),
         head_dim=first("head_dim"),
-        mlp=first("moe_intermediate_size", default=0) if experts and family == "qwen3_moe" else first("intermediate_size", "n_inner"),
+        mlp=first(*width),
         experts=experts,
         top=first("num_experts_per_tok", default=1),
         positions=first("n_positions") if family == "gpt2" else 0,
@@ -206,13 +207,12 @@ def find_model(name: str) -> Transformer:
 
 # -- a catalogue ---------------------------------------------------------------------------------------------
 
-_GPT = Transformer("gpt", 1, 1, 1, 51200, positions=2048, tied=True)
 _LLAMA = Transformer("llama", 1, 1, 1, 128256, kv_heads=1, head_dim=128, **FAMILIES["llama"])
 
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Transformer:
     """Of Narayanan et al. 2021 and Korthikanti et al. 2022: vocabulary 51,200, sequences of 2,048."""
-    return replace(_GPT, name=name, layers=layers, hidden=hidden, heads=heads, kv_heads=heads, mlp=4 * hidden, head_dim=hidden // heads)
+    return Transformer(name, layers, hidden, heads, 51200, positions=2048, tied=True)
 
 
 def _llama(name: str, layers: int, hidden: int, heads: int, mlp: int, **others: Any) -> Transformer:
