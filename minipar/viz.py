@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -495,3 +496,41 @@ def compare(predicted: Timeline, recorded: Timeline, unit: str = "forward passes
         above.set_xlim(0, longest)
         below.set_xlim(0, longest)
     return describe(drawing, f"{first} {second}")
+
+
+# -- predictions ---------------------------------------------------------------------------------------------
+
+
+def draw_predictions(names: Sequence[str], predicted: Sequence[float], measured: Sequence[float], unit: str) -> Figure:
+    """What was predicted beside what was measured: a row a name, an open circle and a filled square, joined.
+
+    The error of each row, (predicted - measured) / measured, stands at its right; the median of their sizes in the
+    title.
+
+    Args:
+        names: the rows, top to bottom.
+        predicted, measured: one number a name.
+        unit: of both, "s" for instance.
+    """
+    drawing, (panel,) = figure(WIDTH, 1.1 + 0.27 * len(names))
+    errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
+    typical, worst = statistics.median(map(abs, errors)), max(map(abs, errors))
+    longest = max(*predicted, *measured)
+    rows = range(len(names))
+    panel.hlines(rows, predicted, measured, color=LINE, lw=1.5, zorder=1)
+    panel.scatter(measured, rows, marker="s", s=34, color=PALETTE[5], label="measured", zorder=2)
+    panel.scatter(
+        predicted, rows, marker="o", s=52, facecolors="none", edgecolors=PALETTE[6], lw=1.8, label="predicted", zorder=3
+    )
+    for row, error in zip(rows, errors, strict=True):
+        panel.text(1.12 * longest, row, f"{error:+.0%}", va="center", ha="right", fontsize=9)
+    panel.set_yticks(rows, names, fontsize=8)
+    panel.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1.13 * longest), xlabel=unit)
+    panel.grid(axis="y", color=PALE, zorder=0)
+    panel.tick_params(axis="y", length=0)
+    panel.set_title(f"median error {typical:.0%}, largest {worst:.0%}", fontsize=10, loc="left")
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9, frameon=False, borderaxespad=0.2)
+    listed = "; ".join(
+        f"{name}: predicted {p:.3g}, measured {m:.3g}" for name, p, m in zip(names, predicted, measured, strict=True)
+    )
+    return describe(drawing, f"Predicted and measured, in {unit}; median error {typical:.0%}. {listed}.")
