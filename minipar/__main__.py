@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import NoReturn
 
 # Which module adds a command. Only the one that is asked for is imported: grading does not wait for torch twice.
-HOMES = {"train": "cli", "doctor": "doctor", **dict.fromkeys(("grade", "hint", "solution", "progress"), "course.cli")}
+COURSE = dict.fromkeys(("grade", "hint", "solution", "progress"), "course.cli")
+HOMES = {"train": "cli", "plan": "cli_plan", "doctor": "doctor", **COURSE}
 
 
 class Parser(argparse.ArgumentParser):

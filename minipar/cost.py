@@ -4,7 +4,8 @@ Seconds are made of these in `minipar.predict`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 from .mesh import Mesh, bounds
 from .schedule import SCHEDULES, Schedule, in_flight, interleaved, owners
@@ -41,6 +42,14 @@ class Layout:
                 raise ValueError(f"{name}={getattr(self, name)!r}: at least 1")
         if self.chunks > 1 and self.schedule != "interleaved":
             raise ValueError(f"chunks={self.chunks} goes with the schedule interleaved, not with {self.schedule}")
+
+    def options(self) -> dict[str, Any]:
+        """What `parallelize` takes beside the model and the mesh."""
+        schedule = (
+            partial(interleaved, chunks=self.chunks) if self.schedule == "interleaved" else SCHEDULES[self.schedule]
+        )
+        names = ("microbatches", "zero", "whole_gradients", "sequence_parallel", "recompute")
+        return {"schedule": schedule} | {name: getattr(self, name) for name in names}
 
     def order(self) -> Schedule:
         """The schedule itself, the same that the executor runs."""
@@ -132,7 +141,8 @@ def step_flops(model: Transformer, batch: int, sequence: int, recompute: str = "
     "none"  = 72 B s l h^2 (1 + s/(6h) + V/(12 l h)) for a GPT
     "full"  = 96 B s l h^2 (1 + s/(6h) + V/(16 l h)), the F of Narayanan et al. 2021 (eq. 3)
     "selective" has 2s/(9h) for s/(6h). Korthikanti et al. print s/(3h), which counts attention's products six times in
-    place of four; see `published.korthikanti_hardware_flops`.
+    place of four; see
+    `published.korthikanti_hardware_flops`.
     """
     parts = forward_flops(model, sequence, causal)
     again = {
@@ -150,12 +160,14 @@ def step_flops(model: Transformer, batch: int, sequence: int, recompute: str = "
 class Share:
     """What one index on the pipeline axis has of a model: its blocks, a list a stage, and which ends.
 
-    dense, experts: parameters on one rank, cut by tp (and experts by ep); what is a vector is on all tensor ranks.
+    dense, experts: parameters on one rank, cut by tp (and experts by ep). All tensor ranks have norms, row biases and
+        routers. crossings: boundaries with other ranks that a microbatch's activations cross, in or out.
     """
 
     stages: dict[int, int]  # stage -> its blocks
     dense: float
     experts: float
+    crossings: int
     first: bool
     last: bool
 
@@ -166,15 +178,21 @@ class Share:
 
 def shares(model: Transformer, layout: Layout) -> list[Share]:
     """A share for each index on the pipeline axis. ValueError if there are fewer blocks than stages."""
-    owner = _owners(layout.schedule, layout.mesh.pp, layout.chunks)
+    return _shares(model, layout.mesh, layout.schedule, layout.chunks)
+
+
+@lru_cache(maxsize=4096)
+def _shares(model: Transformer, mesh: Mesh, schedule: str, chunks: int) -> list[Share]:
+    owner = _owners(schedule, mesh.pp, chunks)
     edges = bounds(model.layers, len(owner))
     if model.layers < len(owner):
         raise ValueError(f"{model.name} has {model.layers} blocks, and this layout {len(owner)} stages")
-    mesh, found = layout.mesh, []
+    found = []
     for index in range(mesh.pp):
         stages = {stage: edges[stage + 1] - edges[stage] for stage, rank in owner.items() if rank == index}
         blocks, first, last = sum(stages.values()), 0 in stages, len(owner) - 1 in stages
-        dense = blocks * ((model.attention_matrices / mesh.tp) + model.small + model.router)
+        cut = (model.attention_matrices + model.cut_biases) / mesh.tp
+        dense = blocks * (cut + model.row_biases + model.norms + model.router)
         experts = 0.0
         if model.experts:
             experts = blocks * model.experts * model.mlp_matrices / (mesh.ep * mesh.tp)
@@ -185,7 +203,8 @@ def shares(model: Transformer, layout: Layout) -> list[Share]:
             dense += vocabulary + model.positions * model.hidden
         if last:  # a tied weight is on both ends
             dense += model.norm * model.hidden + (0 if model.tied and first else vocabulary)
-        found.append(Share(stages, dense, experts, first, last))
+        crossings = sum(owner.get(s + side, index) != index for s in stages for side in (-1, 1))
+        found.append(Share(stages, dense, experts, crossings, first, last))
     return found
 
 
@@ -319,25 +338,25 @@ def traffic(
     tokens = layout.rows(batch) * sequence / mesh.cp
     activation = tokens * model.hidden * formats.activations
     boundary = activation / (mesh.tp if layout.sequence_parallel else 1)
-    stages, found = len(_owners(layout.schedule, mesh.pp, layout.chunks)), []
+    found = []
     for share in shares(model, layout):
         size = share.dense, layout.replicas
         experts = share.experts, mesh.dp * mesh.cp
         tensor = (4 * share.blocks + share.first + share.last) * activation * m
         sent = {
             "dp": sum(_data_bytes(layout, parameters, ranks, formats) for parameters, ranks in (size, experts)),
-            "tp": all_reduce_bytes(tensor + share.last * 3 * tokens * m * 4, mesh.tp),
+            "tp": all_reduce_bytes(tensor + share.last * 3 * tokens * m * max(formats.activations, 4), mesh.tp),
+            "pp": share.crossings * boundary * m,
             "cp": 3 * (mesh.cp - 1) * 2 * model.keys / mesh.tp * tokens * formats.activations * share.blocks * m,
             "ep": 4 * gather_bytes(model.top * activation, mesh.ep) * share.blocks * m if model.experts else 0.0,
         }
         if layout.sequence_parallel:
             sent["tp"] += gather_bytes(share.first * activation * m, mesh.tp)
-            partial = share.blocks * (2 * model.norm + (2 if model.biases == "all" else 0)) + share.last * model.norm
-            sent["tp"] += all_reduce_bytes(partial * model.hidden * formats.gradients, mesh.tp)
-        ends = sum((s < stages - 1) + (s > 0) for s in share.stages) if mesh.pp > 1 else 0
-        sent["pp"] = ends * boundary * m
-        if model.tied and mesh.pp > 1 and share.first != share.last:
-            sent["pp"] += model.vocabulary * model.hidden / mesh.tp * formats.gradients
+            parts = share.blocks * (model.norms + model.row_biases) + share.last * model.norm * model.hidden
+            sent["tp"] += all_reduce_bytes(parts * formats.gradients, mesh.tp)
+        if model.tied and share.first != share.last:
+            tied = model.vocabulary * model.hidden / mesh.tp
+            sent["pp"] += tied * formats.gradients / (layout.replicas if layout.zero else 1)
         found.append(sent)
     return found
 

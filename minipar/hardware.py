@@ -63,10 +63,10 @@ class Cluster:
         Where an axis has several ranks in a node, rings through different ports carry parts of what goes between nodes,
         as NCCL lays them: together at most as much as goes inside.
         """
-        line = mesh.line(axis, 0)
-        if line[-1] < self.node:
+        step, size = mesh.step(axis), mesh.shape[axis]
+        if step * (size - 1) < self.node:
             return self.inside
-        together = sum(rank < self.node for rank in line)
+        together = -(-self.node // step)  # of an axis' ranks, in a node
         return Link(self.between.latency, min(self.inside.bandwidth, together * self.between.bandwidth))
 
     def of(self, gpus: int) -> "Cluster":

@@ -1,6 +1,7 @@
 """Where each rank sits: a grid with one axis per kind of parallelism. Pure arithmetic, no processes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from math import prod
 
 
@@ -30,10 +31,10 @@ class Mesh:
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"Mesh({axis}={size!r}): an axis has a whole number of ranks, at least 1")
 
-    @property
+    @cached_property
     def shape(self) -> dict[str, int]:
         """Axis name -> number of ranks along it, outermost first."""
-        return asdict(self)
+        return {axis.name: getattr(self, axis.name) for axis in fields(self)}
 
     @property
     def size(self) -> int:
@@ -51,12 +52,16 @@ class Mesh:
 
     def line(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axis`, in order of their index."""
-        if axis not in self.shape:
-            raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(self.shape)}")
-        sizes = list(self.shape.values())
-        step = prod(sizes[list(self.shape).index(axis) + 1 :])  # ranks between neighbors on the line
+        step = self.step(axis)
         first = rank - step * self.coordinate(rank)[axis]
         return tuple(range(first, first + step * self.shape[axis], step))
+
+    def step(self, axis: str) -> int:
+        """By how much the ranks of neighbors along `axis` differ."""
+        if axis not in self.shape:
+            raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(self.shape)}")
+        names = list(self.shape)
+        return prod(self.shape[inner] for inner in names[names.index(axis) + 1 :])
 
     def plane(self, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along some of `axes`, in order."""

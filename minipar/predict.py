@@ -268,7 +268,8 @@ def predict(
         end = simulate(layout.order(), costs).end
     else:
         end = work(busy) + _estimated_bubble(layout, costs, len(blocks)) + 2 * (len(blocks) - 1) * crossing
-    data = max(_data_seconds(model, layout, cluster, share, kernels, formats, work(share)) for share in owned)
+    fullest = max(owned, key=lambda share: share.dense + share.experts)
+    data = _data_seconds(layout, cluster, fullest, kernels, formats, work(fullest))
     own = busy.dense / layout.replicas + busy.experts / (mesh.dp * mesh.cp)
     own = own if layout.zero else busy.dense + busy.experts
     update = 2 * own * (formats.optimizer + formats.weights + formats.gradients) / cluster.device.bandwidth
@@ -305,13 +306,7 @@ def _estimated_bubble(layout: Layout, costs: Costs, stages: int) -> float:
 
 
 def _data_seconds(
-    model: Transformer,
-    layout: Layout,
-    cluster: Cluster,
-    share: Share,
-    kernels: Kernels,
-    formats: Formats,
-    work: float,
+    layout: Layout, cluster: Cluster, share: Share, kernels: Kernels, formats: Formats, work: float
 ) -> float:
     """Seconds of a step that gradients and weights travel and nothing hides.
 
@@ -328,8 +323,9 @@ def _data_seconds(
         if ranks == 1 or not parameters:
             continue
         link = min((_link(cluster, layout, axis, kernels) for axis in used), key=lambda x: x.bandwidth)
-        gradients = link.seconds(gather_bytes(parameters * formats.gradients, ranks), ranks - 1)
-        weights = link.seconds(gather_bytes(parameters * formats.weights, ranks), ranks - 1)
+        calls = (ranks - 1) * (share.blocks if layout.zero == 3 else 1)
+        gradients = link.seconds(gather_bytes(parameters * formats.gradients, ranks), calls)
+        weights = link.seconds(gather_bytes(parameters * formats.weights, ranks), calls)
         backward = work / m * 2 / 3 if kernels.overlap else 0.0
         if layout.zero == 0:
             exposed += max(2 * gradients - backward, 0)

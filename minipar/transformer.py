@@ -98,18 +98,27 @@ class Transformer:
         return self.hidden * self.experts
 
     @property
-    def small(self) -> int:
-        """A block's norms and biases: what is a vector."""
-        biases = {"none": 0, "qkv": self.queries + 2 * self.keys, "all": self.queries + 2 * self.keys + self.hidden}
-        mlp = 0
-        if self.biases == "all" and not self.experts:
-            mlp = (2 if self.gated else 1) * self.mlp + self.hidden
-        return 2 * self.norm * self.hidden + biases[self.biases] + mlp + (2 * self.head_dim if self.qk_norm else 0)
+    def cut_biases(self) -> int:
+        """A block's biases of what tensor parallelism cuts by columns: q, k and v, and what goes into the MLP."""
+        attention = 0 if self.biases == "none" else self.queries + 2 * self.keys
+        mlp = self.biases == "all" and not self.experts
+        return attention + ((2 if self.gated else 1) * self.mlp if mlp else 0)
+
+    @property
+    def row_biases(self) -> int:
+        """... and of what it cuts by rows: attention's output, and what leaves the MLP. Every rank has them."""
+        return (1 if self.experts else 2) * self.hidden if self.biases == "all" else 0
+
+    @property
+    def norms(self) -> int:
+        """Parameters of a block's norms."""
+        return 2 * self.norm * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
     def block(self) -> int:
         """Parameters of one block, all experts included."""
-        return self.attention_matrices + max(self.experts, 1) * self.mlp_matrices + self.router + self.small
+        matrices = self.attention_matrices + max(self.experts, 1) * self.mlp_matrices + self.router
+        return matrices + self.cut_biases + self.row_biases + self.norms
 
     @property
     def embedding(self) -> int:
