@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import latest, load, load_weights, save, save_weights
     from .collectives import Axis, connect
+    from .cost import Layout
+    from .hardware import CLUSTERS, Cluster
     from .loading import Loader
     from .mesh import Mesh
     from .model import Config, gpt
+    from .planner import plan
+    from .prediction import predict
     from .schedule import gpipe, interleaved, one_f_one_b, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
     from .tensor import cross_entropy
     from .timeline import Costs, Timeline, bubble, simulate
     from .train import parallelize
+    from .transformer import Transformer, find_model
     from .transport import ledger
     from .world import RankError, World, here, main
 
@@ -21,30 +26,40 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoint": ("latest", "load", "load_weights", "save", "save_weights"),
     "collectives": ("Axis", "connect"),
+    "cost": ("Layout",),
+    "hardware": ("CLUSTERS", "Cluster"),
     "loading": ("Loader",),
     "mesh": ("Mesh",),
     "model": ("Config", "gpt"),
+    "planner": ("plan",),
+    "prediction": ("predict",),
     "schedule": ("gpipe", "one_f_one_b", "interleaved", "zero_bubble_h1", "zero_bubble_h2", "zero_bubble_v"),
     "tensor": ("cross_entropy",),
     "timeline": ("Costs", "Timeline", "bubble", "simulate"),
     "train": ("parallelize",),
+    "transformer": ("Transformer", "find_model"),
     "transport": ("ledger",),
     "world": ("RankError", "World", "here", "main"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CLUSTERS",
     "Axis",
+    "Cluster",
     "Config",
     "Costs",
+    "Layout",
     "Loader",
     "Mesh",
     "RankError",
     "Timeline",
+    "Transformer",
     "World",
     "bubble",
     "connect",
     "cross_entropy",
+    "find_model",
     "gpipe",
     "gpt",
     "here",
@@ -56,6 +71,8 @@ __all__ = [
     "main",
     "one_f_one_b",
     "parallelize",
+    "plan",
+    "predict",
     "save",
     "save_weights",
     "simulate",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cost import MEGATRON_2021, TODAY
 from .hardware import CLUSTERS, Cluster, load_cluster
-from .plan import Plan, bill, plan
+from .planner import Plan, bill, plan
 from .transformer import MODELS, Transformer, find_model, from_configuration
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What a training step takes, counted: FLOPs, bytes in memory, bytes on the wire. Nothing is run.
 
-Seconds are made of these in `minipar.predict`.
+Seconds are made of these in `minipar.prediction`.
 """
 
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ class Kernels:
     """What software makes of a device.
 
     reach: the part of a data sheet's peak that large matrix products, copies in memory and transfers see. One round
-        figure for all: an assumption, not a measurement. What hangs on it: see `minipar.predict`.
+        figure for all: an assumption, not a measurement. What hangs on it: see `minipar.prediction`.
     fused_attention: attention that never has its scores in memory (Dao et al. 2022, arXiv 2205.14135) and leaves out
         what a causal mask hides. Without it scores are written and read several times, and nothing is left out.
     dropout: keeps a byte an element as its mask.

@@ -1,4 +1,4 @@
-"""What others measured and printed, and the formulas they printed it with: the yardstick of `minipar.predict`.
+"""What others measured and printed, and the formulas they printed it with: the yardstick of `minipar.prediction`.
 
 Nothing in the package is fitted to these numbers.
 """

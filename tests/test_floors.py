@@ -12,32 +12,35 @@ import minipar
 
 FLOORS = [
     # These know nothing of minipar.
-    {"mesh", "schedule", "model", "device", "transport", "board", "travel", "deferral", "randomness", "precision"},
+    {"mesh", "schedule", "model", "device", "transport", "board", "travel", "deferral", "randomness", "precision"}
+    | {"transformer"},
     {"watch"},  # from here to world: start ranks, stop them, say why they hang
     {"rank"},
     {"report"},
     {"crew"},
     {"world"},
-    {"collectives", "timeline"},  # talk along one axis; predict a run
-    {"cut"},  # what is kept of a parameter
+    {"collectives", "timeline", "hardware", "cost"},  # talk along one axis; predict a run
+    {"cut", "prediction", "published"},  # what is kept of a parameter; what a step takes, and took others
     # One file a strategy.
     {"data", "zero", "tensor", "pipeline", "context", "expert", "rings", "recording", "recompute", "wrap"},
-    {"train"},  # the only one that knows every strategy
+    {"train", "planner"},  # the only one that knows every strategy; the one that tries every layout
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ENGINE = set(FLOOR)
 BESIDE = {  # on no floor: what each may import
-    "viz": {"mesh", "schedule", "timeline"},
-    "widgets": {"mesh", "schedule", "timeline", "viz"},
+    "viz": {"mesh", "schedule", "timeline", "hardware"},
+    "widgets": {"mesh", "schedule", "timeline", "viz", "transformer", "hardware", "cost", "prediction", "planner"},
     "corpus": set(),
     "checkpoint": {"collectives", "cut", "train", "world"},
     "loading": {"collectives", "train"},
     "magic": {"rank", "world"},
     "doctor": {"rank", "world"},
     "cli": ENGINE | {"corpus", "checkpoint"},
+    "cli_plan": {"cost", "hardware", "planner", "transformer", "viz"},
+    "calibrate": ENGINE | {"corpus"},
     "course": {"world", "crew", "train"},  # what it loads before ranks are forked
-    "__main__": {"cli", "doctor", "course"},
-    "__init__": ENGINE | {"magic", "checkpoint", "loading"},
+    "__main__": {"cli", "cli_plan", "doctor", "course"},
+    "__init__": ENGINE | {"magic", "checkpoint", "loading", "calibrate"},
 }
 ONLY_IN = {"torch.cuda": {"device"}, "os.environ": {"rank", "world"}, "os.getenv": set()}
 

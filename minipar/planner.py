@@ -15,7 +15,7 @@ from itertools import product
 from .cost import MIXED, RECOMPUTE, TODAY, Formats, Kernels, Layout, stage_memory
 from .hardware import Cluster
 from .mesh import Mesh
-from .predict import Prediction, predict
+from .prediction import Prediction, predict
 from .transformer import Transformer
 
 ROWS = (1, 2, 4, 8, 16)  # of a microbatch

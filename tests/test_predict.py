@@ -1,0 +1,195 @@
+"""What a step takes on a cluster: arithmetic that can be checked, limits, and what others published."""
+
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from minipar import Mesh
+from minipar.cost import MIXED, TODAY, Kernels, Layout, step_flops, traffic
+from minipar.hardware import CLUSTERS, DEVICES, Cluster, Link, load_cluster
+from minipar.prediction import block_kernels, predict
+from minipar.published import RUNS
+from minipar.transformer import MODELS, Transformer, find_model
+
+MODEL = find_model("llama-8b")
+FREE = Link(0.0, 1e18)
+PERFECT = Kernels(reach=1.0)
+
+
+def cluster(gpus, **changes):
+    return replace(CLUSTERS["h100"].of(gpus), **changes)
+
+
+# -- arithmetic ----------------------------------------------------------------------------------------------
+
+
+def test_with_free_memory_and_free_links_a_step_takes_as_long_as_its_flops():
+    device = replace(DEVICES["H100"], bandwidth=1e18)
+    alone = Cluster(device, 1, 8, FREE, FREE)
+    unfused = Kernels(reach=1.0, fused_attention=False)
+    for recompute in ("none", "full"):
+        layout = Layout(Mesh(), 4, recompute=recompute)
+        got = predict(MODEL, layout, alone, 4, 4096, kernels=unfused)
+        assert got.seconds == pytest.approx(step_flops(MODEL, 4, 4096, recompute) / device.bf16, rel=1e-4)
+        assert got.hfu == pytest.approx(1, rel=1e-4)
+    half = predict(MODEL, Layout(Mesh(), 4), alone, 4, 4096, kernels=replace(unfused, reach=0.5))
+    assert half.seconds == pytest.approx(2 * step_flops(MODEL, 4, 4096) / device.bf16, rel=1e-4)
+
+
+@pytest.mark.parametrize(("axis", "n"), [("dp", 4), ("tp", 8), ("pp", 4), ("cp", 4)])
+def test_on_perfect_links_n_devices_take_an_nth(axis, n):
+    """But for what the axis does not share out: norms under tp without sequence parallelism, a pipe that fills."""
+    free = {"inside": FREE, "between": FREE}
+    m, model = 512 if axis == "pp" else 8, replace(MODEL, vocabulary=100)  # a large head is a stage of its own
+    one = predict(model, Layout(Mesh(), m), cluster(1, **free), 512, 4096, kernels=PERFECT)
+    options = {"microbatches": m // 4 if axis == "dp" else m, "sequence_parallel": axis == "tp"}
+    many = predict(model, Layout(Mesh(**{axis: n}), **options), cluster(n, **free), 512, 4096, kernels=PERFECT)
+    assert many.seconds == pytest.approx(one.seconds / n, rel=0.01)
+
+
+def test_parts_add_up_and_the_estimate_is_near_the_simulation():
+    for mesh in (Mesh(dp=8), Mesh(dp=2, pp=4), Mesh(pp=2, tp=4), Mesh(cp=2, tp=4), Mesh(pp=8)):
+        for schedule, chunks in (
+            ("1f1b", 1),
+            ("interleaved", 2),
+            ("zero-bubble-h1", 1),
+            ("zero-bubble-h2", 1),
+            ("gpipe", 1),
+        ):
+            layout = Layout(mesh, 32, schedule, chunks, sequence_parallel=mesh.tp > 1)
+            batch = 32 * mesh.dp
+            exact, near = (predict(MODEL, layout, cluster(8), batch, 4096, exact=x) for x in (True, False))
+            assert exact.seconds == pytest.approx(near.seconds, rel=0.08), layout
+            assert all(seconds >= -1e-9 for seconds in exact.parts.values()), (layout, exact.parts)
+            busy = exact.seconds - sum(exact.parts[name] for name in ("pipeline", "data axis", "optimizer"))
+            assert exact.timeline.end == pytest.approx(busy + exact.parts["pipeline"])
+
+
+def test_collectives_take_the_bytes_of_the_ledger_over_the_link():
+    """Seconds of the tensor axis times its bandwidth are the bytes that `traffic` counts, the ends left out."""
+    slow = cluster(8, inside=Link(0.0, 1e9))
+    layout = Layout(Mesh(tp=8), 4)
+    got = predict(MODEL, layout, slow, 4, 4096, kernels=PERFECT)
+    ends = replace(MODEL, layers=1), replace(MODEL, layers=2)
+    one, two = (traffic(model, layout, 4, 4096)[0]["tp"] for model in ends)
+    assert got.parts["tensor axis"] == pytest.approx((two - one) * MODEL.layers / 1e9, rel=1e-6)
+
+
+def test_an_axis_uses_the_slowest_link_it_has_to_cross():
+    h100 = CLUSTERS["h100"].of(64)
+    mesh = Mesh(dp=2, pp=4, tp=8)
+    assert h100.link(mesh, "tp") == h100.inside
+    assert h100.link(mesh, "pp") == h100.between  # neighbors are 8 apart
+    assert h100.link(mesh, "dp").bandwidth == h100.between.bandwidth
+    both = h100.link(Mesh(dp=16, tp=4), "dp")  # two of the axis in each node: two ports
+    assert both.bandwidth == 2 * h100.between.bandwidth
+    whole = h100.link(Mesh(dp=64), "dp")  # all eight ports, and not more than inside
+    assert whole.bandwidth == min(8 * h100.between.bandwidth, h100.inside.bandwidth)
+
+
+def test_what_overlaps_is_not_paid_twice():
+    layout = Layout(Mesh(dp=64), 4, zero=1)
+    hidden, open_ = (
+        predict(MODEL, layout, cluster(64), 256, 4096, kernels=replace(TODAY, overlap=overlap)).parts["data axis"]
+        for overlap in (True, False)
+    )
+    assert 0 < hidden < open_
+
+
+def test_backward_of_a_product_is_twice_its_forward():
+    kernels = block_kernels(MODEL, Layout(Mesh()), 1, 4096, TODAY)
+    products = [k for k in kernels if k.flops and k.again[1]]
+    assert sum(k.flops for k in products) == 2 * 4096 * (MODEL.attention_matrices + MODEL.mlp_matrices)
+    assert all(k.again == (1.0, 1.0) for k in products)
+
+
+def test_a_mixture_pays_for_the_experts_that_work_and_holds_all():
+    mixture = find_model("mixtral-8x7b")
+    layout = Layout(Mesh(dp=1, ep=8, tp=1), 4, zero=1)
+    got = predict(mixture, layout, cluster(8), 32, 4096)
+    dense = Transformer(**{**vars(mixture), "experts": 0, "top": 1})
+    assert (
+        got.parts["matrix products"]
+        > 1.2 * predict(dense, Layout(Mesh(dp=8), 4, zero=1), cluster(8), 32, 4096).parts["matrix products"]
+    )
+    assert got.parts["context and expert axes"] > 0
+    assert got.memory["weights"] == pytest.approx(MIXED.weights * (1.6e9 + 45.1e9 / 8), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("layout", "gpus", "batch", "says"),
+    [
+        (Layout(Mesh(dp=4)), 8, 8, "has 4 ranks, and the cluster 8 devices"),
+        (Layout(Mesh(tp=3)), 3, 8, "tp=3 does not divide the 32 heads"),
+        (Layout(Mesh(dp=2), 3), 2, 8, "a batch of 8 rows is not divisible by 2 data ranks x 3 microbatches = 6"),
+        (Layout(Mesh(pp=64)), 64, 64, "has 32 blocks, and this layout 64 stages"),
+    ],
+)
+def test_what_does_not_fit_says_so(layout, gpus, batch, says):
+    with pytest.raises(ValueError, match=says):
+        predict(MODEL, layout, cluster(gpus), batch, 4096)
+
+
+def test_bad_layouts_say_so():
+    for options, says in (
+        ({"schedule": "2f2b"}, "schedule='2f2b': one of gpipe, 1f1b"),
+        ({"recompute": "some"}, "recompute='some': one of none, selective, full"),
+        ({"zero": 4}, "zero=4: 0, 1, 2 or 3"),
+        ({"chunks": 2}, "chunks=2 goes with the schedule interleaved"),
+        ({"microbatches": 0}, "microbatches=0: at least 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Layout(Mesh(), **options)
+
+
+def test_a_cluster_is_saved_and_read_and_errors_are_named(tmp_path):
+    file = tmp_path / "cluster.json"
+    CLUSTERS["a100"].of(48).save(file)
+    assert load_cluster(file) == CLUSTERS["a100"].of(48)
+    file.write_text('{"device": {"name": "x"}}')
+    with pytest.raises(ValueError, match="does not describe a cluster"):
+        load_cluster(file)
+    with pytest.raises(ValueError, match=r"Cluster\(gpus=0\): a whole number"):
+        CLUSTERS["a100"].of(0)
+
+
+# -- published runs ------------------------------------------------------------------------------------------
+
+
+def error(run, **changes):
+    """How much faster the prediction is than the run. Llama's FLOPs are counted without what the mask hides."""
+    gpus = CLUSTERS[run.cluster].of(run.gpus)
+    kernels = replace(run.kernels, **changes)
+    got = predict(find_model(run.model), run.layout, gpus, run.batch, run.sequence, kernels=kernels)
+    return got.flops_per_device(run.recomputed, causal=not run.recomputed) / run.flops - 1
+
+
+def test_predictions_are_bounds_that_published_runs_come_near():
+    """No number here is fitted: 0.8 of the data sheet for all. Every run is slower than predicted, none by a third."""
+    errors = [error(run) for run in RUNS]
+    assert all(0 < e < 0.35 for e in errors), errors
+    assert median(errors) < 0.2
+
+
+def test_the_order_of_published_runs_is_predicted():
+    """Within a paper, which of two runs is the better one."""
+    for source in {run.source for run in RUNS}:
+        some = [run for run in RUNS if run.source == source]
+        predicted = sorted(some, key=lambda run: (1 + error(run)) * run.flops)
+        agree = total = 0
+        for i, a in enumerate(some):
+            for b in some[i + 1 :]:
+                if abs(a.flops / b.flops - 1) < 0.04:
+                    continue  # too close to call
+                total += 1
+                agree += (a.flops < b.flops) == (predicted.index(a) < predicted.index(b))
+        assert agree >= 0.6 * total, (source, agree, total)
+
+
+def test_all_models_run_on_all_clusters():
+    for model in MODELS.values():
+        for name in CLUSTERS:
+            got = predict(model, Layout(Mesh(dp=8), zero=3, recompute="full"), CLUSTERS[name], 8, 1024)
+            assert 0 < got.mfu < 0.8 and got.hfu >= got.mfu
+            assert str(got).startswith(model.name)
