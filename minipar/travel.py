@@ -2,6 +2,9 @@
 
 import io
 import pickle
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -15,6 +18,10 @@ class _Pickler(cloudpickle.Pickler):
             data = obj.detach().cpu().resolve_conj().resolve_neg().contiguous()
             raw: Any = data.reshape(-1).view(torch.uint8).numpy()
             return _tensor, (pickle.PickleBuffer(raw), data.dtype, tuple(data.shape), obj.requires_grad and obj.is_leaf)
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
+            # Such as torch.distributed.config: cloudpickle takes it along with a function that uses torch.distributed
+            # and anything called config, and knows plain modules only.
+            return import_module, (obj.__name__,)
         return super().reducer_override(obj)
 
 

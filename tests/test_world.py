@@ -94,6 +94,13 @@ def test_a_view_travels_without_the_tensor_that_it_is_a_view_of() -> None:
     assert len(travel.dumps(torch.zeros(1_000_000)[3:5])) < 1000
 
 
+def test_a_function_of_a_notebook_may_use_torch_distributed_and_something_called_config() -> None:
+    """There is a torch.distributed.config, which is no plain module; cloudpickle takes it along by its name."""
+    cell = {"__name__": "__main__"}
+    exec("import torch.distributed as dist\nconfig = 7\ndef cell(): return config, dist.is_initialized()", cell)
+    assert travel.loads(travel.dumps(cell["cell"]))() == (7, False)
+
+
 def test_a_computed_answer_travels_without_its_graph(world2: World) -> None:
     def loss() -> Tensor:
         return (torch.ones(2, requires_grad=True) * 3).sum()
