@@ -411,6 +411,13 @@ def test_a_deadlock_names_its_cycle_or_who_never_comes(what, cores):
     assert str(report.value).splitlines() == [f"deadlock: {cycle}", *waits]
 
 
+def test_whole_and_split_backwards_may_be_mixed():
+    """What waits for the gradient of a stage's input finds it, whether a B or an I gives it."""
+    for program in ("F0.0 F0.1 B0.1 I0.0 W0.0", "F0.0 F0.1 I0.1 B0.0 W0.1"):
+        assert simulate(order(program)).end == 6
+    assert simulate(order("F0 I0 W0", "F0 B0")).end == 6
+
+
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
