@@ -38,8 +38,10 @@
 # %%
 import itertools
 import math
+import time
 from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -386,7 +388,8 @@ assert math.isinf(lse.item()) and math.isnan(out.item())
 # Cut the row into four shares, one a rank. Each rank has the queries, keys and values of its own tokens, and must
 # attend to all keys. Blocks may come in any order. So let keys and values go around the ring of chapter 2b: each rank
 # attends to the block that it has, passes it on to the right, and gets the next from the left. Queries stay where they
-# are. This is **ring attention** (Li et al. 2021; with online softmax, Liu et al. 2023).
+# are. (If they traveled, outputs would have to come home with them.) This is **ring attention** (Li et al. 2021; with
+# online softmax, Liu et al. 2023).
 #
 # Which blocks does each rank meet? We send rank numbers around, in place of keys.
 
@@ -448,7 +451,7 @@ print("right:", distance(together, whole) < 1e-12)
 
 # %% jupyter={"source_hidden": true}
 # One answer
-def ring_forward(q, k, v, axis):
+def ring_forward(q, k, v, axis, attend=attend):
     out, lse = attend(q, k, v)
     block = torch.stack([k, v])
     for _ in range(axis.size - 1):
@@ -657,11 +660,12 @@ def draw_load(ranks, order, step):
     grid.tick_params(length=0, labelsize=8)
     now = loads(chunks, ranks, step)
     bars.bar(range(ranks), now, color=viz.PALETTE[:ranks], edgecolor=viz.INK)
-    bars.set(xticks=range(ranks), xlabel="rank", ylabel="chunk pairs in this step", ylim=(0, 4.4))
+    bars.set(xticks=range(ranks), yticks=range(5), xlabel="rank", ylabel="chunk pairs in this step", ylim=(0, 4.4))
+    grid.spines[:].set_visible(False)
     waits = sum(max(loads(chunks, ranks, s)) for s in range(ranks))
     bars.set_title(f"step {step}; all steps: {waits:g} chunk pairs long", fontsize=10)
     grid.set_title(f"{order}, {ranks} ranks", fontsize=10)
-    text = f"Causal ring, {order}, {ranks} ranks, step {step}. Chunk pairs of ranks: {', '.join(map(str, now))}."
+    text = f"Causal ring, {order}, ranks: {ranks}, step {step}. Chunk pairs: {', '.join(f'{x:g}' for x in now)}."
     return viz.describe(drawing, f"{text} The slowest of each step have {waits:g} in all.")
 
 
@@ -708,6 +712,62 @@ viz.show_source(context._RingAttention.forward, context._RingAttention.backward,
 # - `_attend` calls PyTorch's fused kernel, which gives the logarithms as well, so that no rank ever has a matrix of
 #   scores. It adds up in float32 when the tensors have 16 bits.
 # - Several heads may share one key and value (`k` and `v` have fewer heads than `q`): more on that in section 8.
+#
+# First the order. On every rank we note when it computes, and the ledger notes when a block sets off and when the rank
+# has stopped waiting for it. Our attempt and the package's version, on rows of 1,024 tokens:
+
+
+# %%
+def recorded(ours, q, k, v):
+    """On a rank: spans of computing, and spans of a block on its way, in seconds."""
+    axis, computed, theirs = connect(Mesh(cp=4))["cp"], [], context._attend
+    mine = [zigzag(x, axis, dim=2) for x in (q, k, v)]
+
+    def watched(*given):
+        start, result = time.perf_counter(), (attend if ours else theirs)(*given)
+        computed.append((start, time.perf_counter()))
+        return result
+
+    with ledger() as book, patch.object(context, "_attend", watched):
+        ring_forward(*mine, axis, watched) if ours else ring_attention(*mine, axis, is_causal=False)
+    moved, first = [(e.start, e.end) for e in book.entries], computed[0][0]
+    return [[(start - first, end - first) for start, end in spans] for spans in (computed, moved)]
+
+
+# %%
+long_tokens, _ = next(corpus.batches(steps=1, rows=2, context=1024))
+long_q, long_k, long_v = first_block(long_tokens)
+for _ in range(3):  # the first rounds are for warming up
+    records = {
+        name: world.run(recorded, ours, long_q, long_k, long_v)[0]
+        for name, ours in (("our attempt", True), ("the package's version", False))
+    }
+
+# %%
+drawing, panels = viz.figure(8, 3.2, rows=2)
+for panel, (name, (computed, moved)) in zip(panels, records.items(), strict=True):
+    for lane, (spans, color) in enumerate(((computed, viz.PALETTE[1]), (moved, viz.PALETTE[5]))):
+        for start, end in spans:
+            panel.barh(lane, 1000 * (end - start), 0.7, left=1000 * start, color=color, ec=viz.INK, lw=0.6)
+    panel.set_yticks([0, 1], ["computes", "a block travels"])
+    panel.set(ylim=(1.6, -0.6))
+    panel.tick_params(axis="y", length=0)
+    panel.set_title(f"{name}: forward, recorded on rank 0 of this machine", fontsize=10, loc="left")
+panels[1].set_xlabel("ms since the first block was begun")
+viz.show(
+    drawing,
+    "Two recorded rings. In our attempt a block sets off after each computation, and the next computation begins when "
+    "it has arrived. In the package's version it sets off before a computation.",
+)
+(ours, our_moves), (theirs, their_moves) = records.values()
+assert all(moved[0] > span[1] for moved, span in zip(our_moves, ours, strict=False))
+assert all(moved[0] < span[0] for moved, span in zip(their_moves, theirs, strict=False))
+
+# %% [markdown] lang="en"
+# In ours a block sets off when a computation has ended. In the package's it sets off before one begins, and travels
+# under it. A blue box ends when the rank has stopped waiting for that block, so it may have arrived earlier. (Mind the
+# two scales. How long things take says little here: four ranks and all that travels share a few cores, and the kernels
+# differ.)
 #
 # **Predict:** causal, in zigzag shares, on four ranks: bytes sent forward and backward, and the distance to one
 # process.
@@ -913,7 +973,8 @@ def draw_bytes(kv_heads):
     panel.set_xticks(ranks, ranks)
     panel.minorticks_off()
     panel.set(xlabel="ranks of cp", ylabel="GB each rank sends, a layer", ylim=(0.05, 25))
-    panel.set_title(f"64 heads, key-value heads: {kv_heads}", fontsize=10)
+    note = "" if possible else " (no all-to-all)"
+    panel.set_title(f"64 heads, key-value heads: {kv_heads}{note}", fontsize=10)
     panel.legend(frameon=False, fontsize=9)
     last = f"all-to-all on {possible[-1]} ranks {exchange[-1]:.2g}" if possible else "no all-to-all is possible"
     text = f"GB that each rank sends, key-value heads: {kv_heads}. Ring on 64 ranks {ring[-1]:.2g}; {last}."
@@ -948,7 +1009,10 @@ for name, bandwidth in (("400 Gbit/s", 50e9), ("300 GB/s", 300e9)):
 assert 2 * 4e14 / 50e9 == 16_000
 
 # %% [markdown] lang="en"
-# (Backward computes five matrix products for these two, and sends twice as much: if forward hides, backward does.) So:
+# (Backward computes five matrix products for these two, and sends twice as much: if forward hides, backward does.)
+# Llama 3's long rows left 8,192 tokens to a rank, with 16 heads a key: eight times what this estimate asks for.
+#
+# So:
 #
 # - **All-to-all** where links are fast and heads are enough: inside one machine, on up to 8 or so ranks. It sends
 #   little, and needs no kernel of its own.
