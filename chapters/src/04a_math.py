@@ -686,17 +686,18 @@ for kind in (torch.optim.SGD, torch.optim.Adam):
     for last, steps in ((5, 1), (5, 2), (4, 1), (4, 2), (4, 10)):
         a, b = (two.run(train, kind, merge, steps, x, exact([3, last]))[0] for merge in ("gradients", "updates"))
         shown = [[round(value, 4) for value in theta.tolist()] for theta in (a, b)]
-        print(f"{kind.__name__:<4} y = {last}, after {steps:>2}: gradients {shown[0]}, updates {shown[1]}")
-        same = distance(a, b) < 1e-8
-        assert same == (kind is torch.optim.SGD or last == 5 or steps == 1)
+        off = distance(b, a)
+        print(f"{kind.__name__:<4} y = {last}, after {steps:>2}: {shown[0]} and {shown[1]}, apart {off:.0e}")
+        assert (off < 1e-8) == (kind is torch.optim.SGD or last == 5 or steps == 1)
 print("you wrote:", prediction)
 
 # %% [markdown] lang="en"
-# After one step Adam's two ways agree, because both ranks' gradients have the same sign, and a mean of equal signs is
-# that sign. From the second step on $m/\sqrt v$ depends on how a rank's gradients have *changed*, and the ranks part,
-# for $y = 4$. For $y = 5$ they do not: by chance Adam's first step makes both errors smaller by the same tenth, and
-# again, and again. A test with these friendly numbers would have called the two ways equal. Test with random ones.
-# (Chapter [03a](03a_data_parallel.ipynb) has the case in which the signs differ, and the first step already does.)
+# (First the weights for merged gradients, then for merged updates.) After one step Adam's two ways agree, because both
+# ranks' gradients have the same sign, and a mean of equal signs is that sign. From the second step on $m/\sqrt v$
+# depends on how a rank's gradients have *changed*, and for $y = 4$ the two part. For $y = 5$ they do not: by chance
+# Adam's steps make both errors smaller by the same share each time. A test with these friendly numbers would have
+# called the two ways equal. Test with random ones. (Chapter [03a](03a_data_parallel.ipynb) has the case in which the
+# signs differ, and the first step already does.)
 #
 # The second half of the document's description says that nodes train *independently*, and then merge. For how long?
 # **Predict** for plain SGD: the ranks take two steps each before they merge. Is that equal to two steps with merged
