@@ -5,15 +5,15 @@
 # second one the next. Each such slice is a **stage**. Activations travel down from stage to stage, gradients travel
 # back up. That is **pipeline parallelism**.
 #
-# Many people give up here, because four things usually come at once: a cut through autograd, microbatches, messages
-# that must not block each other, and an order of work with a strange name. We take them one at a time, in six small
-# steps. Each ends with something that works, and you can take a break after any of them. At the end you can
+# If you gave up on pipelines elsewhere: four things usually come at once, a cut through autograd, microbatches,
+# messages that must not block each other, and an order of work with a strange name. Here we take them one at a time, in
+# six small steps. Each ends with something that works, and you can take a break after any of them. At the end you can
 #
 # - cut a model in two, and carry the gradient across the cut by hand;
 # - accumulate gradients over microbatches, and catch the mistake that a loss curve hides;
 # - draw what two stages do with three microbatches, on paper;
 # - find out before a run whether an order of work will hang;
-# - write a pipeline of 20 lines that trains on real ranks, and gives what one process gives;
+# - write a pipeline in three short functions that trains on real ranks, and gives what one process gives;
 # - derive the order that large runs use, 1F1B, from a rule of one sentence, and say what it costs in time and memory.
 #
 # **Time:** about two and a half hours, or six times 20 minutes. **You need:** [Ranks and
@@ -729,8 +729,8 @@ viz.show(viz.draw(simulate(greedy(4, 8, forward_first)), title="forward first", 
 # %% [markdown] lang="en"
 # All forwards, then all backwards. This is **GPipe** (Huang et al. 2018,
 # [arXiv:1811.06965](https://arxiv.org/abs/1811.06965)). Look at rank 0 just before its first backward: it keeps the
-# activations of all eight microbatches. With 100 microbatches, it would keep 100. This is what stops people from using
-# many microbatches, and many are what makes the bubble small.
+# activations of all eight microbatches. With 100 microbatches, it would keep 100. This limits the number
+# of microbatches, and many are what makes the bubble small.
 #
 # The remedy is to be eager to finish: **do a backward if one is ready. Else do a forward, but only while fewer than
 # $p - r$ microbatches are in flight.** A microbatch's activations are given up in its backward, so backward first
@@ -884,7 +884,7 @@ for p, m in product(range(1, 9), range(1, 17)):
         assert abs(bubble(run) - (p - 1) / (m + p - 1)) < 1e-12
 
 # %% [markdown] lang="en"
-# A tie. It surprises most people: 1F1B does not wait less, it keeps less. Why? The first stage can begin at once, the
+# A tie. 1F1B does not wait less, it keeps less. Why? The first stage can begin at once, the
 # last one after $p - 1$ forwards. At the end, the gradient of the last microbatch goes up through $p - 1$ more
 # backwards. So each rank is idle for $(p-1)(F + B)$ and computes for $m(F + B)$, in either order:
 #
@@ -926,8 +926,16 @@ viz.show(viz.compare(simulate(one_f_one_b(4, 8)), run))
 
 # %% [markdown] lang="en"
 # The order is the same, action by action (the cell asserts it). The lengths are not: where ranks share cores, an
-# action takes longer when others compute at the same time, and gaps move. **On a laptop, trust order, bytes and
-# memory; do not trust seconds.**
+# action takes longer while others compute, and gaps move. The simulator can share cores, too. For the same schedule:
+
+# %%
+ends = {cores: simulate(one_f_one_b(4, 8), cores=cores).end for cores in (4, 3, 2, 1)}
+print("; ".join(f"cores: {cores}, length of the step: {end:.0f}" for cores, end in ends.items()))
+assert ends[4] == 33 and ends[1] == 4 * 8 * 3  # one core does all the work, one after the other
+
+# %% [markdown] lang="en"
+# With one core nothing is gained: the step takes as long as the work of all ranks together. **On a laptop, trust order,
+# bytes and memory; do not trust seconds.**
 #
 # There is a way to see the true shape all the same. With `pace=` the ranks do not compute: they *wait* for as long as
 # the computation would take, and waiting needs no core. Everything else is real: four processes, messages, the order.
