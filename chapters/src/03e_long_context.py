@@ -583,8 +583,8 @@ assert pairs == causal_pairs(32, range(8)) == [36, 100, 164, 228]
 # the slowest one in *each* step. In step 1 rank 0 has the keys of rank 3, which its queries may not see at all.
 #
 # How much does it cost? With $n$ ranks and long rows the last rank has $\frac{1}{n} - \frac{1}{2n^2}$ of all $T^2$
-# pairs, and the mean is $\frac{1}{2n}$. The quotient is $2 - \frac1n$: with many ranks, half of all computing time is
-# waiting.
+# pairs, and the mean is $\frac{1}{2n}$. The quotient is $2 - \frac1n$: with many ranks, nearly half of all
+# computing time is waiting.
 #
 # The cure sends nothing and computes nothing: **another order**. Cut the row into $2n$ chunks in place of $n$ shares,
 # and give each rank two of them.
@@ -680,14 +680,14 @@ for name, found in steps.items():
 assert steps["zigzag"][1:] == [[2.0] * 4] * 3 and all(max(found) == 4 for found in steps["contiguous"][1:])
 
 # %% [markdown] lang="en"
-# In zigzag order every rank computes two chunk pairs in each step after the first, half of its four, whoever's block
-# it has. In contiguous order someone has all four in every step, and everyone waits. 14 against 8, and
+# In zigzag order every rank computes two chunk pairs in each step, half of the four, whoever's block it has. In
+# contiguous order someone has all four in every step, and everyone waits. 14 against 8, and
 # $14/8 = 2 - 1/4$.
 #
-# Note *which* half. If the block comes from a lower rank, all of this rank's queries see its early chunk, and none its
-# late one. If it comes from a higher rank, the late queries see both chunks, and the early ones nothing. Either way it
-# is a rectangle, wholly visible: there is no mask except in a rank's own block. (Another order with the same aim deals
-# out tokens like cards; each block then has a mask. This is striped attention, Brandon et al. 2023.)
+# Look at *which* half. If the block comes from a lower rank, all of this rank's queries see its early chunk, and none
+# its late one. If it comes from a higher rank, the late queries see both chunks, and the early ones nothing. Either way
+# it is a rectangle, wholly visible: there is no mask except in a rank's own block. (Another order with the same aim
+# deals out tokens like cards; each block then has a mask. This is striped attention, Brandon et al. 2023.)
 #
 # ## 6. The package's version
 #
@@ -950,9 +950,9 @@ for g in (1, 4, 8, 16):
 
 # %% [markdown] lang="en"
 # With 16 heads a key the ring sends less, with 8 or fewer it sends more. (Of 64 heads, 16 a key leave 4 keys. On 8
-# ranks there is no all-to-all at all then.) But look at how the two depend on the number
-# of ranks. The model below has 64 heads, a width of 8,192, and rows of 131,072 tokens in 16 bits. The lines are bytes
-# of one layer, forward and backward.
+# ranks there is no all-to-all at all then.) But look at how the two depend on the number of ranks. The model below has
+# 64 heads, a width of 8,192, and rows of 131,072 tokens in 16 bits. The lines are bytes of one layer, forward and
+# backward.
 #
 # **Before you move it:** as ranks are added, what becomes of each line? Where does the all-to-all end?
 
@@ -984,10 +984,10 @@ def draw_bytes(kv_heads):
 explore(draw_bytes, kv_heads=[64, 16, 8, 1])
 
 # %% [markdown] lang="en"
-# The ring's line is flat: every rank must see all keys, so $3(n-1)M$ hardly changes, since $M$ falls as $1/n$. The line
-# of the all-to-all falls: each rank sends its own tokens once, whatever $n$. But it ends at the number of key–value
-# heads, and tensor parallelism takes its ranks from the same heads. Llama 3's largest model has 128 heads and 8
-# key–value heads, and `tp=8` gives each rank one of those. Nothing is left for an all-to-all.
+# The ring's line soon is flat: every rank must see all keys. $M$ falls as $1/n$, so $3(n-1)M$ grows only as $(n-1)/n$
+# does. The line of the all-to-all falls: each rank sends its own tokens once, whatever $n$. But it ends at the number
+# of key–value heads, and tensor parallelism takes its ranks from the same heads. Llama 3's largest model has 128 heads
+# and 8 key–value heads, and `tp=8` gives each rank one of those. Nothing is left for an all-to-all.
 #
 # Bytes are not all. The ring's bytes can **hide** under computing, those of an all-to-all cannot: attention needs them
 # all before it begins. When do they hide? Say each rank has $L = T/n$ tokens and $h$ is the width. In one step a rank
@@ -1107,7 +1107,7 @@ print(f"you wrote: {prediction} - the loss changes by {changed:.1e} of itself, t
 assert changed < 0.01 and off > 0.05
 
 # %% [markdown] lang="en"
-# The model would train, and learn that position means little. Only a comparison with one process shows it.
+# Nobody would see that in a loss, and the model would train all the same. Only a comparison with one process shows it.
 #
 # ### On a mesh with others
 #
