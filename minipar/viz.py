@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from .mesh import Mesh
-from .schedule import Op
-from .timeline import Timeline
+from .schedule import Op, Schedule
+from .timeline import Costs, Memory, Seconds, Timeline, bubble, memory, peak, simulate
 
 # Okabe & Ito, "Color Universal Design" (2008), without black, neighbors of different lightness.
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#999999")
@@ -181,6 +181,102 @@ def draw_mesh(mesh: Mesh, axis: str | None = None) -> Figure:
         listed = "; ".join(f"{_letters(i)}: {', '.join(map(str, line))}" for i, line in enumerate(groups))
         sentence += f" The groups along {axis} are {listed}."
     return describe(drawing, sentence)
+
+
+def slots(mesh: Mesh, innermost: str) -> dict[int, int]:
+    """Rank -> the device it runs on, where neighbors along one axis are neighbors, and the other axes keep their order.
+
+    With the last axis as the innermost every rank runs on the device of its own number.
+    """
+    if innermost not in mesh.shape:
+        raise ValueError(f"innermost={innermost!r} is not an axis of the mesh; its axes are {', '.join(mesh.shape)}")
+    order = [axis for axis in mesh.shape if axis != innermost] + [innermost]
+    slot = {}
+    for rank in range(mesh.size):
+        where, device = mesh.coordinate(rank), 0
+        for axis in order:
+            device = device * mesh.shape[axis] + where[axis]
+        slot[rank] = device
+    return slot
+
+
+def draw_layout(
+    mesh: Mesh,
+    sent: Mapping[str, float],
+    axis: str,
+    node: int = 8,
+    innermost: str = "tp",
+    rates: tuple[float, float] = (450e9, 50e9),
+) -> Figure:
+    """Ranks on the devices of their nodes, the groups of one axis by color and letter. Below, what each axis sends, and
+    whether it crosses nodes.
+
+    Args:
+        sent: bytes that a rank sends along each axis in a step.
+        axis: whose groups are shown.
+        node: devices of a node, drawn as a row in a frame.
+        innermost: the axis whose neighbors sit side by side.
+        rates: bytes a second that a device sends inside its node, and to another one.
+    """
+    at = {device: rank for rank, device in slots(mesh, innermost).items()}
+    nodes = [[at[d] for d in range(i, min(i + node, mesh.size))] for i in range(0, mesh.size, node)]
+    high, bars = 0.74 * len(nodes) + 0.1, 0.36 * len(sent) + 0.2  # inches
+    height = high + bars + 0.75
+    drawing = Figure(figsize=(WIDTH, height))  # laid out by hand: explorers draw it many times
+    groups = _nodes(drawing.add_axes((0, (bars + 0.46) / height, 1, high / height)), mesh, axis, nodes)
+    panel = drawing.add_axes((0.08, 0.5 / height, 0.5, (bars - 0.1) / height))
+    told = _traffic(panel, sent, {name: crosses(mesh, name, node, innermost) for name in sent}, rates)
+    sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one rank"
+    head = f"{sizes}, {innermost} innermost; a letter: a group along {axis}"
+    drawing.text(0.01, 1 - 0.05 / height, head, va="top", fontsize=10, color=INK)
+    return describe(drawing, f"{head}. Ranks and their groups: {groups}. {told}.")
+
+
+def _nodes(panel: Axes, mesh: Mesh, axis: str, nodes: Sequence[Sequence[int]]) -> str:
+    """Draw the ranks of each node in a frame. Returns how to say it."""
+    group_of = {rank: i for i, line in enumerate(mesh.lines(axis)) for rank in line}
+    used = [name for name, size in mesh.shape.items() if size > 1]
+    widest = max(map(len, nodes))
+    room = 0.8 * WIDTH / (widest + 1.1) * 72 / 0.6  # points of the letters that share a box
+    shape = "round,pad=0,rounding_size=0.08"
+    for row, ranks in enumerate(nodes):
+        panel.add_patch(FancyBboxPatch((0.95, row + 0.06), widest, 0.88, boxstyle=shape, fc="white", ec=LINE, lw=1.2))
+        panel.text(0.45, row + 0.5, f"node {row}", **CENTER, fontsize=9)
+        for x, rank in enumerate(ranks, 1):
+            where, group = mesh.coordinate(rank), group_of[rank]
+            color = _lighter(PALETTE[group % len(PALETTE)], 0.35)
+            panel.add_patch(Rectangle((x, row + 0.13), 0.9, 0.74, fc=color, ec=INK, lw=0.7))
+            panel.text(x + 0.06, row + 0.34, _letters(group), va="center", fontsize=9, weight="bold", color=INK)
+            panel.text(x + 0.55, row + 0.36, f"{rank}", **CENTER, fontsize=11)
+            coordinates = " ".join(f"{name}{where[name]}" for name in used)
+            panel.text(x + 0.45, row + 0.7, coordinates, **CENTER, fontsize=min(8, room / max(len(coordinates), 1)))
+    panel.set(xlim=(0, widest + 1.1), ylim=(len(nodes), 0), xticks=[], yticks=[])
+    panel.axis("off")
+    return "; ".join(
+        f"node {row}: {', '.join(f'{r}{_letters(group_of[r])}' for r in ranks)}" for row, ranks in enumerate(nodes)
+    )
+
+
+def _traffic(panel: Axes, sent: Mapping[str, float], far: Mapping[str, bool], rates: tuple[float, float]) -> str:
+    """Draw the bytes of each axis, striped where they go to other nodes. Returns how to say it."""
+    longest, told = max(sent.values()) / 1e9 or 1.0, []
+    for row, (axis, size) in enumerate(sent.items()):
+        color, hatch, where = (PALETTE[1], "///", "across nodes") if far[axis] else (PALETTE[0], None, "inside nodes")
+        text = f"{size / 1e9:.3g} GB {where}: {size / rates[far[axis]]:.2g} s" if size else "nothing"
+        panel.barh(row, size / 1e9, color=color, edgecolor=INK, linewidth=0.6, hatch=hatch)
+        panel.text(size / 1e9 + 0.015 * longest, row, text, va="center", fontsize=9, color=INK)
+        told.append(f"{axis} {text}")
+    panel.set(ylim=(len(sent) - 0.5, -0.5), xlim=(0, longest * 1.02), xlabel="GB that a rank sends in a step")
+    panel.set_yticks(range(len(sent)), list(sent))
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right"]].set_visible(False)
+    return "; ".join(told)
+
+
+def crosses(mesh: Mesh, axis: str, node: int, innermost: str = "tp") -> bool:
+    """Do any two ranks that talk along an axis sit in different nodes?"""
+    slot = slots(mesh, innermost)
+    return any(len({slot[rank] // node for rank in line}) > 1 for line in mesh.lines(axis))
 
 
 def _letters(number: int) -> str:
@@ -360,40 +456,54 @@ def draw_tensors(states: Mapping[str, Sequence[Sequence[float]]], hue: Callable[
 # -- bars ----------------------------------------------------------------------------------------------------
 
 
-def draw_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str, title: str = "") -> Figure:
+def draw_bars(
+    names: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    unit: str,
+    title: str = "",
+    limit: tuple[str, float] | None = None,
+) -> Figure:
     """Horizontal bars, one a name, stacked from `parts`, with the total written at the end of each.
 
     Args:
         names: the bars, top to bottom.
         parts: for each part of the legend, its size in each bar.
         unit: of the sizes, "MB" or "bytes" for instance.
+        limit: a name and a size that is drawn as a line across the bars, a device's memory for instance.
     """
-    legend_rows = -(-len(parts) // 4) if len(parts) > 1 else 0
+    entries = len(parts) + bool(limit)
+    legend_rows = -(-entries // 4) if entries > 1 else 0
     drawing, (panel,) = figure(7.0, 0.9 + 0.36 * len(names) + 0.24 * legend_rows)
     totals = [sum(part[i] for part in parts.values()) for i in range(len(names))]
     left = [0.0] * len(names)
     for i, (part, sizes) in enumerate(parts.items()):
         panel.barh(range(len(names)), sizes, left=left, color=PALETTE[i], edgecolor=INK, linewidth=0.6, label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
+    longest = max([*totals, limit[1]] if limit else totals)
     for i, total in enumerate(totals):
         panel.text(
-            total + max(totals) * 0.012,
+            total + longest * 0.012,
             i,
             f"{total:,.4g}" if total < 1e4 else f"{total:,.0f}",
             va="center",
             fontsize=9,
+            bbox={"fc": "white", "ec": "none", "pad": 1} if limit else None,
+            zorder=3,
         )
     panel.set_yticks(range(len(names)), names)
-    panel.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, max(totals) * 1.14 or 1), xlabel=unit)
+    panel.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, longest * 1.14 or 1), xlabel=unit)
     panel.tick_params(axis="y", length=0)
     panel.set_title(title, fontsize=10)
-    if len(parts) > 1:
+    if limit:
+        panel.axvline(limit[1], color=INK, lw=2, ls=(0, (4, 2)), label=f"{limit[0]}: {limit[1]:,.4g} {unit}")
+    if len(parts) > 1 or limit:
         drawing.legend(loc="outside upper center", ncols=min(len(parts), 4), fontsize=9, frameon=False)
     listed = "; ".join(
         f"{name}: " + ", ".join(f"{part} {sizes[i]:,.4g}" for part, sizes in parts.items())
         for i, name in enumerate(names)
     )
-    return describe(drawing, f"{title + '. ' if title else ''}Bars in {unit}. {listed}.")
+    against = f" A line at {limit[1]:,.4g} {unit}: {limit[0]}." if limit else ""
+    return describe(drawing, f"{title + '. ' if title else ''}Bars in {unit}. {listed}.{against}")
 
 
 # -- timelines -----------------------------------------------------------------------------------------------
@@ -404,7 +514,14 @@ UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
 ROW = 0.42  # inches
 
 
-def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str | None = None) -> Figure:
+def draw(
+    timeline: Timeline,
+    ax: Axes | None = None,
+    title: str = "",
+    unit: str | None = None,
+    stages: bool = True,
+    smallest: float = 5.5,
+) -> Figure:
     """A timeline, predicted or recorded: a row a rank, a box an action, the microbatch written in it.
 
     Where a rank has several virtual stages, the stage stands below the microbatch, and later ones are paler.
@@ -413,6 +530,8 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
     Args:
         ax: where to draw; a new figure by default. The figure is returned either way.
         unit: "s", "ms" or "µs"; other text names a prediction's unit. Chosen by length if None.
+        stages: whether virtual stages are written into their boxes.
+        smallest: points of the smallest numbers that are still written.
     """
     ranks = timeline.ranks
     if ax is None:
@@ -422,8 +541,8 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
     unit = unit or next((u for u, scale in UNITS.items() if timeline.end * scale >= 2), "µs")
     scale, origin = UNITS.get(unit, 1.0), min(s.start for s in timeline.spans)
     length = timeline.end * scale
-    stages = {rank: sorted({s.action.stage for s in timeline.of(rank)}) for rank in ranks}
-    virtual = max(map(len, stages.values())) > 1
+    stages_of = {rank: sorted({s.action.stage for s in timeline.of(rank)}) for rank in ranks}
+    virtual = stages and max(map(len, stages_of.values())) > 1
     points = 0.86 * drawing.get_figwidth() * 72 / length  # of the page, a unit of time
 
     for row, rank in enumerate(ranks):
@@ -433,12 +552,12 @@ def draw(timeline: Timeline, ax: Axes | None = None, title: str = "", unit: str 
             if s.action.op not in COLORS:
                 ax.add_patch(Rectangle((start, row + 0.3), wide, 0.12, fc=LINE, ec="none", zorder=3))
                 continue
-            chunk, chunks = stages[rank].index(s.action.stage), len(stages[rank])
+            chunk, chunks = stages_of[rank].index(s.action.stage), len(stages_of[rank])
             color = _lighter(COLORS[s.action.op], 0.55 * chunk / max(chunks - 1, 1))
             ax.add_patch(Rectangle((start, row - 0.42), wide, 0.84, fc=color, ec=INK, lw=0.5, zorder=2))
             lines = [f"{s.action.microbatch}", f"s{s.action.stage}"] if virtual else [f"{s.action.microbatch}"]
             size = min(9.0, wide * points * 0.85 / (0.62 * max(map(len, lines))))
-            if size >= 5.5:
+            if size >= smallest:
                 ax.text(
                     start + wide / 2,
                     row,
@@ -499,6 +618,74 @@ def compare(predicted: Timeline, recorded: Timeline, unit: str = "forward passes
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
+
+
+def draw_memory(held: Memory, ax: Axes | None = None, title: str = "", unit: str = "microbatches") -> Figure:
+    """What each rank holds over time (`timeline.memory`): a row a rank, one scale for all, its peak at the end.
+
+    Args:
+        held: what was there from the start is drawn in gray, what came and went on top of it in color.
+        ax: where to draw; a new figure by default. The figure is returned either way.
+        unit: of the sizes.
+    """
+    if ax is None:
+        _, (ax,) = figure(9.0, 0.34 * len(held) + 0.9)
+    drawing = ax.get_figure(root=True)
+    assert drawing is not None
+    peaks = peak(held)
+    end, most = max(steps[-1][0] for steps in held.values()), max(peaks.values()) or 1.0
+    for row, (rank, steps) in enumerate(held.items()):
+        last = dict(steps) | {end: steps[-1][1]}  # of several sizes at one moment
+        floor, base = row + 0.44, row + 0.44 - 0.88 * steps[0][1] / most
+        times, tops = list(last), [floor - 0.88 * size / most for size in last.values()]
+        ax.fill_between(times, base, floor, fc="#BBBBBB", ec="none", step="post")
+        ax.fill_between(times, tops, base, fc=_lighter(PALETTE[5], 0.35), ec="none", step="post")
+        ax.step(times, tops, where="post", color=INK, lw=0.8)
+        ax.plot([times[0], end], [floor, floor], color=LINE, lw=0.5)
+        ax.text(
+            1.008, row, f"{peaks[rank]:.3g}", color=INK, va="center", fontsize=9, transform=ax.get_yaxis_transform()
+        )
+    ax.set(ylim=(len(held) - 0.5, -0.5), xlim=(min(steps[0][0] for steps in held.values()), end))
+    ax.set_yticks(range(len(held)), [f"rank {rank}" for rank in held])
+    ax.tick_params(axis="y", length=0)
+    ax.set_title(title or f"held over time; at the end the peak, in {unit}", fontsize=9, loc="left")
+    listed = ", ".join(f"rank {rank} {size:.3g}" for rank, size in peaks.items())
+    return describe(drawing, f"{title or 'Memory over time'}. The most that each rank holds, in {unit}: {listed}.")
+
+
+def draw_schedule(
+    order: Schedule, costs: Costs | None = None, name: str = "A schedule", activation: Seconds = 1.0, **options: Any
+) -> Figure:
+    """A schedule as it would run: its timeline, its bubble in both conventions, and what each rank holds over time.
+
+    Args:
+        activation: what an F leaves behind, in microbatches of a rank's whole part of the model: 1/2 where each rank
+            has two stages.
+        options: of `simulate`.
+    """
+    run = simulate(order, costs, **options)
+    held = memory(run, activation)
+    ranks = len(order)
+    gaps = (0.66, 0.34, 0.5)  # inches: above, between and below the panels
+    high = (0.36 * ranks, 0.24 * ranks)
+    width, height = WIDTH, sum(gaps) + sum(high)
+    drawing = Figure(figsize=(width, height))  # laid out by hand: explorers draw it many times
+    left, wide = 0.65 / width, 1 - 1.15 / width
+    below = drawing.add_axes((left, gaps[2] / height, wide, high[1] / height))
+    above = drawing.add_axes((left, (gaps[2] + high[1] + gaps[1]) / height, wide, high[0] / height), sharex=below)
+    draw(run, above, unit="forward passes", stages=False, smallest=7)
+    draw_memory(held, below)
+    for panel in (above, below):
+        panel.spines[["top", "right"]].set_visible(False)
+    above.set_xlabel("")
+    above.tick_params(labelbottom=False)
+    below.set(xlabel="time (forward passes of a rank's whole part)", xlim=(0, run.end * 1.001))
+    of_run, of_stage = (f"{100 * bubble(run, of=of):.1f} %" for of in ("run", "stage"))
+    head = f"{name}: {run.end:.4g} long. Bubble: {of_run} of the run, {of_stage} of the longest rank's own span"
+    drawing.text(0.08 / width, 1 - 0.08 / height, head, va="top", fontsize=10, color=INK)
+    peaks = ", ".join(f"rank {rank} {size:.3g}" for rank, size in peak(held).items())
+    sentence = f"{head}. The most microbatches that each rank holds: {peaks}."
+    return describe(drawing, sentence)
 
 
 def draw_predictions(names: Sequence[str], predicted: Sequence[float], measured: Sequence[float], unit: str) -> Figure:

@@ -21,13 +21,19 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from . import viz
+from .cost import RECOMPUTE, Layout, stage_memory, traffic
+from .hardware import CLUSTERS
 from .mesh import Mesh
+from .schedule import Scheduler, gpipe, interleaved, one_f_one_b, owners, zero_bubble_h1, zero_bubble_h2, zero_bubble_v
+from .timeline import Costs
+from .transformer import find_model
 
 MOST_FRAMES = 200
 DPI, COLORS = 80, 48  # of a frame: about 6 kB each
@@ -201,3 +207,94 @@ def mesh_explorer(meshes: Iterable[Mesh] | None = None, axes: Iterable[str] = ("
     powers = (1, 2, 4, 8)
     layouts = [Mesh(dp=8 // (pp * tp), pp=pp, tp=tp) for pp in powers for tp in powers if pp * tp <= 8]
     explore(viz.draw_mesh, mesh=layouts if meshes is None else meshes, axis=axes)
+
+
+SCHEDULES: dict[str, Scheduler] = {
+    "GPipe": gpipe,
+    "1F1B": one_f_one_b,
+    "interleaved, 2 chunks": interleaved,
+    "interleaved, 4 chunks": partial(interleaved, chunks=4),
+    "ZB-H1": zero_bubble_h1,
+    "ZB-H2": zero_bubble_h2,
+    "ZB-V": zero_bubble_v,
+}
+# F, I, W and communication of a rank's whole part of the model.
+COSTS = {
+    "F = I = W, messages free": (1, 1, 1, 0),
+    "F = I = 2 W, messages F/4": (1, 1, 0.5, 0.25),
+}
+
+
+def schedule_explorer(
+    ranks: Iterable[int] = (4, 2),
+    microbatches: Iterable[int] = (8, 4),
+    schedules: Mapping[str, Scheduler] = SCHEDULES,
+    costs: Mapping[str, tuple[float, float, float, float]] = COSTS,
+) -> None:
+    """Pipeline schedules as they would run: timeline, bubble in both conventions, and what each rank holds over time.
+
+    A rank has the same part of the model in each of them, so its stages are smaller where it has several.
+
+    costs: seconds of F, I, W and communication for a rank's whole part.
+
+    As it stands, 56 frames of about 12 kB. Give fewer values where a notebook has other pictures, too.
+    """
+
+    def draw_run(schedule: str, ranks: int, microbatches: int, cost: str) -> Figure:
+        order = schedules[schedule](ranks, microbatches)
+        chunks = len(owners(order)) // ranks
+        f, i, w, communication = costs[cost]
+        part = Costs(f / chunks, i / chunks, w / chunks, communication)
+        return viz.draw_schedule(order, part, schedule, 1 / chunks)
+
+    explore(draw_run, schedule=list(schedules), ranks=ranks, microbatches=microbatches, cost=list(costs))
+
+
+def memory_explorer(
+    model: Iterable[str] = ("llama-8b", "llama-70b"),
+    tp: Iterable[int] = (1, 8),
+    pp: Iterable[int] = (1, 4),
+    dp: Iterable[int] = (8, 64),
+    recompute: Iterable[str] = RECOMPUTE,
+    cluster: str = "h100",
+    sequence: int = 8192,
+) -> None:
+    """What the fullest rank holds of a model at each ZeRO stage, against its device's memory."""
+    device = CLUSTERS[cluster].device
+
+    def draw_bytes(model: str, tp: int, pp: int, dp: int, recompute: str) -> Figure:
+        shape, m = find_model(model), 4 * pp
+        fullest = []
+        for zero in range(4):
+            layout = Layout(Mesh(dp=dp, pp=pp, tp=tp), m, zero=zero, sequence_parallel=tp > 1, recompute=recompute)
+            fullest.append(max(stage_memory(shape, layout, dp * m, sequence), key=lambda parts: sum(parts.values())))
+        parts = {part: [size[part] / 1e9 for size in fullest] for part in fullest[0]}
+        title = f"the fullest rank: {model}, {dp * pp * tp} devices, a row of {sequence:,} tokens a microbatch"
+        return viz.draw_bars([f"ZeRO {z}" for z in range(4)], parts, "GB", title, (device.name, device.memory / 1e9))
+
+    explore(draw_bytes, model=model, tp=tp, pp=pp, dp=dp, recompute=recompute)
+
+
+def layout_explorer(
+    meshes: Iterable[Mesh] | None = None,
+    axes: Iterable[str] = ("tp", "pp", "dp"),
+    innermost: Iterable[str] = ("tp", "dp"),
+    model: str = "llama-8b",
+    batch: int = 64,
+    sequence: int = 8192,
+    cluster: str = "h100",
+) -> None:
+    """Layouts of a model on the devices of their nodes: what each axis sends in a step, and which of them cross nodes.
+    By default: 16 devices in two nodes."""
+    machine, shape, axes = CLUSTERS[cluster], find_model(model), list(axes)
+    sizes = ((2, 1, 8), (4, 1, 4), (16, 1, 1), (2, 2, 4), (4, 4, 1), (1, 2, 8), (1, 16, 1), (1, 1, 16))
+    layouts = [Mesh(dp=dp, pp=pp, tp=tp) for dp, pp, tp in sizes] if meshes is None else list(meshes)
+
+    def draw_axes(mesh: Mesh, groups: str, innermost: str) -> Figure:
+        layout = Layout(mesh, batch // (mesh.dp * mesh.ep), zero=1, sequence_parallel=mesh.tp > 1)
+        stages = traffic(shape, layout, batch, sequence)
+        sent = {axis: max(stage[axis] for stage in stages) for axis in axes}
+        rates = machine.inside.bandwidth, machine.between.bandwidth
+        return viz.draw_layout(mesh, sent, groups, machine.node, innermost, rates)
+
+    explore(draw_axes, mesh=layouts, groups=axes, innermost=innermost)

@@ -1,5 +1,6 @@
 """What a reader sees: explorers and chapter 02b in a real browser, JupyterLab and all its parts included."""
 
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from browser import CHROMIUM, browser, lab
 from nbformat.sign import NotebookNotary
 
-from minipar import viz, widgets
+from minipar import Mesh, gpipe, viz, widgets, zero_bubble_h1
 
 pytest.importorskip("playwright", reason="the browser tests drive Chromium with playwright, which is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
@@ -100,3 +101,66 @@ def test_chapter_02b_runs_in_jupyterlab_and_its_explorer_moves(jupyter):
         cell.get_by_role("status").get_by_text("on 3 ranks, after step 1 of 4").wait_for(timeout=20_000)
         assert tab.errors == []
         assert tab.outside == []
+
+
+def explorers():
+    """Every explorer of minipar.widgets that is not in chapter 02b, with few frames. It is the cell of a notebook."""
+    widgets.schedule_explorer([2], [2, 4], {"GPipe": gpipe, "ZB-H1": zero_bubble_h1})
+    widgets.memory_explorer(["llama-8b"], tp=[1, 8], pp=[1, 4], dp=[8], recompute=["none", "full"])
+    widgets.layout_explorer([Mesh(dp=2, tp=8), Mesh(dp=16)], axes=["tp", "dp"])
+
+
+MOVES = [  # of each explorer: a control, its value, what the caption says then and did not say before
+    [
+        ("schedule", "ZB-H1", "ZB-H1: 7 long. Bubble: 14.3 % of the run"),
+        ("microbatches", "4", "ZB-H1: 13 long. Bubble: 7.7 % of the run, 7.7 % of the longest rank's own span"),
+    ],
+    [
+        ("tp", "8", "llama-8b, 64 devices"),
+        ("pp", "4", "llama-8b, 256 devices"),
+        ("recompute", "full", "activations 0.2097, logits 1.051"),
+    ],
+    [
+        ("innermost", "dp", "dp 2 × tp 8, dp innermost; a letter: a group along tp"),
+        ("mesh", "Mesh(dp=16)", "dp 16, dp innermost"),
+        ("groups", "dp", "a group along dp. Ranks and their groups: node 0: 0A, 1A,"),
+    ],
+]
+
+
+def move(explorer, moves):
+    """Move controls of an explorer: each time its picture changes, and its caption says what it shows."""
+    image, caption = explorer.locator("img"), explorer.get_by_role("status")
+    for name, value, said in moves:
+        before = image.get_attribute("src")
+        explorer.get_by_role("combobox", name=name, exact=True).select_option(value)
+        caption.get_by_text(said).wait_for(timeout=30_000)
+        assert image.get_attribute("src") != before, (name, value)
+        assert said in image.get_attribute("alt")
+
+
+def test_every_explorer_moves_on_a_saved_page(monkeypatch):
+    bundles = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw=False: bundles.append(bundle))
+    explorers()
+    with browser() as tab:
+        tab.page.set_content(f"<!doctype html><main>{''.join(bundle['text/html'] for bundle in bundles)}</main>")
+        for i, moves in enumerate(MOVES):
+            move(tab.page.locator("main > div").nth(i), moves)
+        assert tab.errors == [] and tab.outside == []
+
+
+def test_every_explorer_moves_in_jupyterlab(jupyter):
+    address, folder, _ = jupyter
+    head = "from minipar import Mesh, gpipe, widgets, zero_bubble_h1"
+    lines = [line.strip() for line in inspect.getsource(explorers).splitlines()[2:]]
+    cells = [nbformat.v4.new_code_cell(f"{head}\n{line}") for line in lines]
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "explorers.ipynb")
+    with browser() as tab:
+        tab.open(address.format("explorers.ipynb"))
+        tab.run_all(seconds=240)
+        assert tab.tracebacks() == []
+        for i, moves in enumerate(MOVES):
+            move(tab.page.locator(".jp-CodeCell").nth(i), moves)
+        assert tab.errors == [] and tab.outside == []

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import queue
 import re
 import threading
@@ -19,8 +20,9 @@ from minipar import viz, widgets
 from minipar.collectives import Axis
 from minipar.mesh import Mesh
 from minipar.rings import ring_all_reduce
-from minipar.schedule import Action, Op, gpipe, one_f_one_b
-from minipar.timeline import Costs, Span, Timeline, simulate
+from minipar.schedule import Action, Op, gpipe, interleaved, one_f_one_b, zero_bubble_h2, zero_bubble_v
+from minipar.timeline import Costs, Span, Timeline, bubble, memory, peak, simulate
+from minipar.transformer import find_model
 from minipar.transport import Done, Pending
 
 CHAPTERS = Path(__file__).parents[1] / "chapters"
@@ -47,8 +49,11 @@ def drawings() -> dict[str, Figure]:
         "ring": viz.draw_ring(4, 2),
         "waits": viz.draw_waits({0: 1, 1: 0}),
         "tensors": viz.draw_tensors({"before": [[1, 2], [3]]}, hue=int),
-        "bars": viz.draw_bars(["one", "two"], {"weights": [1, 2], "gradients": [3, 4]}, "MB"),
+        "bars": viz.draw_bars(["one", "two"], {"weights": [1, 2], "gradients": [3, 4]}, "MB", limit=("device", 5)),
         "timeline": viz.draw(run),
+        "memory": viz.draw_memory(memory(run, 2, base=3), unit="MB"),
+        "schedule": viz.draw_schedule(one_f_one_b(4, 6)),
+        "layout": viz.draw_layout(Mesh(dp=2, tp=4), {"dp": 1e9, "tp": 2e9}, "dp", node=4),
         "compare": viz.compare(simulate(one_f_one_b(4, 6)), run),
     }
 
@@ -63,6 +68,8 @@ def test_descriptions_say_what_the_picture_shows():
     assert "A: 0, 1; B: 2, 3" in viz.description(viz.draw_mesh(Mesh(dp=2, tp=2), "tp"))
     assert "two: weights 2, gradients 4" in viz.description(drawings()["bars"])
     assert "Rank 1: F0 F1 B0 B1" in viz.description(viz.draw(simulate(gpipe(2, 2))))
+    assert "A line at 5 MB: device." in viz.description(drawings()["bars"])
+    assert "rank 0 11, rank 1 9, rank 2 7, rank 3 5" in viz.description(drawings()["memory"])  # 3 and twice 4, 3, 2, 1
     assert "20% of the rank time idle" in viz.description(viz.draw(simulate(gpipe(2, 4))))  # (p-1) / (m+p-1)
 
 
@@ -174,6 +181,35 @@ def test_pictures_of_tensors_fit_a_notebook_and_their_labels_do_not_overlap():
     assert not any(a.overlaps(b) for a, b in itertools.combinations(texts, 2))
 
 
+@pytest.mark.parametrize("order", [one_f_one_b(4, 8), zero_bubble_h2(8, 16), interleaved(2, 3), zero_bubble_v(1, 1)])
+def test_a_schedules_picture_has_its_bubble_in_both_conventions_and_its_peaks_and_no_label_overlaps(order):
+    costs = Costs(1, 1, 0.5, 0.25)
+    drawing, run = viz.draw_schedule(order, costs, "this one", activation=0.5), simulate(order, costs)
+    told = f"{100 * bubble(run):.1f} % of the run, {100 * bubble(run, of='stage'):.1f} % of the longest rank's own span"
+    assert told in viz.description(drawing)
+    peaks = peak(memory(run, 0.5))
+    assert ", ".join(f"rank {rank} {size:.3g}" for rank, size in peaks.items()) in viz.description(drawing)
+    below, above = drawing.axes
+    assert [t.get_text() for t in below.texts] == [f"{size:.3g}" for size in peaks.values()]
+    assert above.get_xlim() == below.get_xlim()
+    texts = boxes_of_texts(drawing)
+    outside = [t.get_window_extent() for t in (*drawing.texts, *below.texts, above.get_legend())]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(texts + outside[:1] + outside[-1:], 2))
+    page = drawing.bbox
+    assert all(page.x0 <= t.x0 and t.x1 <= page.x1 and page.y0 <= t.y0 and t.y1 <= page.y1 for t in outside)
+
+
+def test_memory_is_drawn_as_high_as_it_is_on_what_is_always_there():
+    held = {0: [(0.0, 2.0), (1.0, 4.0), (2.0, 3.0)], 1: [(0.0, 2.0), (3.0, 2.0)]}
+    (panel,) = viz.draw_memory(held).axes
+    for row, (steps, rank) in enumerate(zip(held.values(), panel.lines[::2], strict=True)):
+        bottom = row + 0.44
+        heights = {x: bottom - y for x, y in zip(rank.get_xdata(), rank.get_ydata(), strict=True)}
+        assert heights == pytest.approx(
+            {time: 0.88 * size / 4 for time, size in {3.0: steps[-1][1], **dict(steps)}.items()}
+        )
+
+
 def test_a_timeline_names_its_unit_and_the_stages_where_they_are_virtual():
     assert viz.draw(simulate(gpipe(2, 2), Costs(0.004, 0.004, 0.004))).axes[0].get_xlabel() == "time (ms)"
     assert viz.draw(simulate(gpipe(2, 2)), unit="steps").axes[0].get_xlabel() == "time (steps)"
@@ -208,6 +244,51 @@ def test_groups_have_the_letter_and_the_color_of_their_members():
     assert len(set(colors)) == len(mesh.lines("pp"))
     with pytest.raises(ValueError, match="'xp' is not an axis"):
         viz.draw_mesh(mesh, "xp")
+
+
+LAYOUTS = [Mesh(dp=2, tp=8), Mesh(dp=2, pp=2, tp=4), Mesh(dp=2, pp=4, ep=2, cp=2, tp=2), Mesh(dp=6, tp=2), Mesh(tp=2)]
+
+
+@pytest.mark.parametrize("mesh", LAYOUTS, ids=str)
+def test_devices_are_the_ranks_with_one_axis_side_by_side(mesh):
+    assert viz.slots(mesh, "tp") == {rank: rank for rank in range(mesh.size)}
+    for axis in mesh.shape:
+        slot = viz.slots(mesh, axis)
+        assert sorted(slot.values()) == list(range(mesh.size))
+        for line in mesh.lines(axis):
+            assert [slot[rank] for rank in line] == list(range(slot[line[0]], slot[line[0]] + len(line)))
+
+
+def test_an_axis_crosses_nodes_where_two_that_talk_are_in_different_ones():
+    mesh = Mesh(dp=2, pp=2, tp=4)
+    assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 8)] == ["dp"]
+    assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 8, innermost="dp")] == ["pp"]
+    assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 2)] == ["dp", "pp", "tp"]
+    assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 16)] == []
+    assert viz.crosses(Mesh(dp=2, tp=6), "tp", 4)
+    with pytest.raises(ValueError, match="'xp' is not an axis"):
+        viz.crosses(mesh, "dp", 8, innermost="xp")
+
+
+@pytest.mark.parametrize("mesh", LAYOUTS, ids=str)
+@pytest.mark.parametrize("innermost", ["tp", "dp"])
+def test_a_layouts_picture_has_each_rank_in_its_node_and_no_label_overlaps(mesh, innermost):
+    sent = {"tp": 490e9, "pp": 0.0, "dp": 2e9}
+    drawing = viz.draw_layout(mesh, sent, "dp", 8, innermost, rates=(100e9, 10e9))
+    panel, below = drawing.axes
+    texts = boxes_of_texts(drawing) + [t.get_window_extent() for t in drawing.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(texts, 2))
+    page, written = drawing.bbox, [t.get_window_extent() for t in (*drawing.texts, *panel.texts, *below.texts)]
+    assert all(page.x0 <= t.x0 and t.x1 <= page.x1 and page.y0 <= t.y0 and t.y1 <= page.y1 for t in written)
+    frames = [p.get_window_extent() for p in panel.patches if isinstance(p, FancyBboxPatch)]
+    boxes = [p.get_window_extent() for p in panel.patches if not isinstance(p, FancyBboxPatch)]
+    assert len(boxes) == mesh.size and len(frames) == -(-mesh.size // 8)
+    inside = [sum(f.x0 < b.x0 and b.x1 < f.x1 and f.y0 < b.y0 and b.y1 < f.y1 for f in frames) for b in boxes]
+    assert inside == [1] * mesh.size
+    far = {axis: viz.crosses(mesh, axis, 8, innermost) for axis in sent}
+    assert [bool(p.get_hatch()) for p in below.patches] == list(far.values())
+    told = f"tp 490 GB across nodes: {490 / 10:.2g} s" if far["tp"] else f"tp 490 GB inside nodes: {490 / 100:.2g} s"
+    assert told in viz.description(drawing) and "pp nothing" in viz.description(drawing)
 
 
 # -- the ring ------------------------------------------------------------------------------------------------------
@@ -329,6 +410,59 @@ def test_an_explorer_shows_the_live_and_the_static_version_in_one_output(monkeyp
     assert "a is 3, b is y" in picture.value
     number.value, menu.value = 2, "x"
     assert "a is 2, b is x" in picture.value
+
+
+def explored(monkeypatch, explorer):
+    """What it explores: the function and its choices."""
+    got = []
+    monkeypatch.setattr(widgets, "explore", lambda fn, **choices: got.append((fn, choices)))
+    explorer()
+    ((fn, choices),) = got
+    return fn, {name: list(values) for name, values in choices.items()}
+
+
+EXPLORERS = [
+    widgets.ring_explorer,
+    widgets.mesh_explorer,
+    widgets.schedule_explorer,
+    widgets.memory_explorer,
+    widgets.layout_explorer,
+]
+
+
+@pytest.mark.parametrize("explorer", EXPLORERS, ids=lambda e: e.__name__)
+def test_an_explorer_is_small_enough_to_be_saved_in_a_notebook(monkeypatch, explorer):
+    """Less than 700 kB, where a notebook has 1 MB: some of its frames, times their number."""
+    fn, grid = explored(monkeypatch, explorer)
+    count = math.prod(len(values) for values in grid.values())
+    first, last = ({name: values[i] for name, values in grid.items()} for i in (0, -1))
+    sizes = [len(widgets._frame(fn, setting)[0]) for setting in (first, last)]
+    assert count <= widgets.MOST_FRAMES and count * sum(sizes) / 2 < 700_000, (count, sizes)
+
+
+def test_the_schedule_explorer_gives_every_rank_the_same_work_whatever_the_schedule(monkeypatch):
+    fn, grid = explored(monkeypatch, widgets.schedule_explorer)
+    for schedule in grid["schedule"]:
+        text = viz.description(fn(schedule=schedule, ranks=4, microbatches=8, cost="F = I = W, messages free"))
+        length, share = re.search(r": ([\d.]+) long\. Bubble: ([\d.]+) %", text).groups()
+        assert float(length) * (1 - float(share) / 100) == pytest.approx(8 * 3, rel=2e-3), text
+
+
+def test_the_memory_explorer_has_the_fullest_rank_of_each_stage(monkeypatch):
+    fn, _ = explored(monkeypatch, widgets.memory_explorer)
+    text = viz.description(fn(model="llama-8b", tp=1, pp=1, dp=8, recompute="none"))
+    parameters = find_model("llama-8b").parameters / 1e9  # 2, 2 and 12 bytes each
+    for zero, shares in enumerate([(2, 2, 12), (2, 2, 12 / 8), (2, 2 / 8, 12 / 8), (2 / 8, 2 / 8, 12 / 8)]):
+        numbers = re.search(rf"ZeRO {zero}: weights ([\d.]+), gradients ([\d.]+), optimizer ([\d.]+)", text).groups()
+        assert [float(n) for n in numbers] == pytest.approx([parameters * share for share in shares], rel=1e-3)
+    assert "A line at 80 GB: H100" in text
+
+
+def test_the_layout_explorer_shows_what_crosses_nodes(monkeypatch):
+    fn, _ = explored(monkeypatch, widgets.layout_explorer)
+    good, bad = (viz.description(fn(mesh=Mesh(dp=2, tp=8), groups="tp", innermost=i)) for i in ("tp", "dp"))
+    assert re.search(r"tp [\d.]+ GB inside nodes", good) and re.search(r"dp [\d.]+ GB across nodes", good)
+    assert re.search(r"tp [\d.]+ GB across nodes", bad) and re.search(r"dp [\d.]+ GB inside nodes", bad)
 
 
 @pytest.mark.parametrize("chapter", sorted(CHAPTERS.glob("*.ipynb")), ids=lambda path: path.stem)
