@@ -382,7 +382,8 @@ assert one.end == 6 and bubble(one) == 0.5
 viz.show(viz.draw(one, title="one microbatch", unit="squares"))
 
 # %% [markdown] lang="en"
-# Half of the time of both ranks is empty. Gray is idle time, and its share has a name: the **bubble**.
+# (The picture says *rank*, because each stage will live on a rank of its own.) Half of the time of both is empty. Gray
+# is idle time, and its share has a name: the **bubble**.
 #
 # **Your turn.** Replace the two lines below by your drawing. As they stand, each microbatch is carried through before
 # the next one begins.
@@ -494,7 +495,8 @@ viz.show(viz.draw_waits({0: 1, 1: 0}))
 
 # %%
 polite = Counter(outcome(schedule(*lines), "rendezvous") for lines in every_order)
-print("of the 25 orders, with rendezvous:", ", ".join(f"{polite[result]} {result}" for result in sorted(polite)))
+print("the 25 orders with rendezvous:")
+print(*(f"  {result}: {polite[result]}" for result in sorted(polite)), sep="\n")
 assert polite["12 squares"] == 1
 
 # %% [markdown] lang="en"
