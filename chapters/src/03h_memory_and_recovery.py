@@ -1214,9 +1214,10 @@ assert state["row"] == 3 * 8 and state["epoch"] == 0
 viz.show_source(Loader.__iter__, Loader.state_dict)
 
 # %% [markdown] lang="en"
-# The epoch, and how many rows of its order have been *handed out*: 3 batches of 8. Not how many were read: workers read
-# ahead, and what was read and not handed out would be lost. And it counts in rows of the global order, not in batches
-# of a rank. So the next layout may have another number of data ranks.
+# The epoch, and how many rows of its order have been *handed out*: 3 batches of 8. The loop at the end of `__iter__`
+# moves the place on as it hands a batch over. Rows that were only read do not count: workers read ahead, and what was
+# read and not handed out would be lost. And it counts in rows of the global order, not in batches of a rank. So the
+# next layout may have another number of data ranks.
 #
 # **Predict:** 20 rows. Two batches of 4 rows on four data ranks, then the run moves to two data ranks. Which rows are
 # left, and does any row come twice?
