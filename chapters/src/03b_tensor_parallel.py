@@ -1396,6 +1396,10 @@ RANKS = (1, 2, 4, 8, 16, 32)
 ABOVE = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
 
 
+def short(number):
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def by_ranks(hidden, tokens):
     """Milliseconds of computing and sending for each number of ranks."""
     links = [INSIDE_NODE if ranks <= 8 else BETWEEN_NODES for ranks in RANKS]
@@ -1411,7 +1415,7 @@ def draw_layer(hidden, tokens):
     panel.bar(places, computing, color=viz.PALETTE[0], ec=viz.INK, lw=0.6, label="computing")
     panel.bar(places, sending, bottom=computing, color=viz.PALETTE[6], ec=viz.INK, lw=0.6, label="sending")
     for i, total in enumerate(totals):
-        panel.annotate(f"{total:.3g}", (i, total), (0, 3), **ABOVE)
+        panel.annotate(short(total), (i, total), (0, 3), **ABOVE)
     panel.axvline(3.5, color=viz.INK, ls="--", lw=1)
     panel.set_xticks(places, [f"{ranks}" for ranks in RANKS])
     panel.set(
@@ -1420,7 +1424,7 @@ def draw_layer(hidden, tokens):
     panel.legend(frameon=False, fontsize=9)
     best = RANKS[totals.index(min(totals))]
     panel.set_title(f"h = {hidden:,}, {tokens:,} tokens: fastest with t = {best} (an estimate)", fontsize=10)
-    listed = ", ".join(f"t={ranks}: {total:.3g}" for ranks, total in zip(RANKS, totals, strict=True))
+    listed = ", ".join(f"t={ranks}: {short(total)}" for ranks, total in zip(RANKS, totals, strict=True))
     return viz.describe(drawing, f"Milliseconds of a layer of width {hidden:,} on t ranks, estimated: {listed}.")
 
 
