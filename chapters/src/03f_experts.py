@@ -371,7 +371,7 @@ assert min(changed.values()) > 0
 # %% [markdown] lang="en"
 # Then the *model* depends on the layout: another number of ranks is another function. No run on one process can be
 # compared with it. Counted by row it is the same function on every mesh, and the law of this course holds: gradients
-# equal those of one process. It also keeps later tokens from pushing out earlier ones, or those of another text.
+# equal those of one process. And no text pushes another one's tokens out of their experts.
 #
 # ## 4. Balance
 #
@@ -455,7 +455,7 @@ for i, panel in enumerate(panels):
         panel.text(e, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
     panel.set(xticks=range(8), xlabel="expert")
     panel.set_yticks(range(4), [f"{factor:g}" for factor in runs])
-    panel.set_title(f"layer {i}: per cent of the tokens", fontsize=10)
+    panel.set_title(f"layer {i}: percent of the tokens", fontsize=10)
     panel.tick_params(length=0)
 panels[0].set_ylabel("factor")
 viz.show(
@@ -864,7 +864,7 @@ assert round(total / 1e9) == 116  # with ep=8
 #   It pays where a rank has very many tokens.
 #
 # The document's section 3.2.1 lets ranks share out layers or neurons, and pass parameters and gradients on. Experts are
-# the third thing that can be shared out, and again it is not parameters that travel.
+# yet another thing to share out, and again it is not parameters that travel.
 #
 # ## What you have now
 #
