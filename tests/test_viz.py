@@ -183,7 +183,7 @@ def test_pictures_of_tensors_fit_a_notebook_and_their_labels_do_not_overlap():
 
 @pytest.mark.parametrize("order", [one_f_one_b(4, 8), zero_bubble_h2(8, 16), interleaved(2, 3), zero_bubble_v(1, 1)])
 def test_a_schedules_picture_has_its_bubble_in_both_conventions_and_its_peaks_and_no_label_overlaps(order):
-    costs = Costs(1, 1, 0.5, 0.25)
+    costs = Costs(1, 1, 1, 0.25)
     drawing, run = viz.draw_schedule(order, costs, "this one", activation=0.5), simulate(order, costs)
     told = f"{100 * bubble(run):.1f} % of the run, {100 * bubble(run, of='stage'):.1f} % of the longest rank's own span"
     assert told in viz.description(drawing)
@@ -265,7 +265,7 @@ def test_an_axis_crosses_nodes_where_two_that_talk_are_in_different_ones():
     assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 8, innermost="dp")] == ["pp"]
     assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 2)] == ["dp", "pp", "tp"]
     assert [axis for axis in mesh.shape if viz.crosses(mesh, axis, 16)] == []
-    assert viz.crosses(Mesh(dp=2, tp=6), "tp", 4)
+    assert viz.crosses(Mesh(dp=2, tp=6), "tp", 8)  # its second line, not its first
     with pytest.raises(ValueError, match="'xp' is not an axis"):
         viz.crosses(mesh, "dp", 8, innermost="xp")
 
