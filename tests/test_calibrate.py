@@ -7,8 +7,10 @@ import pytest
 
 from minipar import Config, Mesh
 from minipar import calibrate as cal
-from minipar.calibrate import Comparison, Heard, Machine, Observations, Piece, Sizes, Talk, fit, reduction, sizes
+from minipar.calibrate import Comparison
 from minipar.cost import Layout
+from minipar.machine import Heard, Machine, Observations, Piece, Sizes, Talk, fit, load_machine, reduction, sizes
+from minipar.rank import cores
 from minipar.transformer import from_config
 
 CONFIG = Config(depth=8, width=256, heads=8)
@@ -20,12 +22,14 @@ TRUTH = Machine(
     backward_input=Sizes(5e-4, 3e-4, 5e-10, 2.5e-11, 2e-9),
     backward_weight=Sizes(0.0, 1e-4, 1e-10, 1.8e-11, 0.0),
     crowd={1: 1.1, 2: 1.0, 4: 1.05, 8: 1.2},
+    crowd_effort={1: 1.05, 2: 1.0, 4: 1.02, 8: 1.1},
     talk={2: Talk(6e-4, 3e-4, 1e-9), 4: Talk(3e-3, 1e-3, 1.6e-9), 8: Talk(6e-3, 1.2e-3, 3e-9)},
-    effort={2: Talk(5e-4, 2e-4, 8e-10), 4: Talk(1e-3, 3e-4, 7e-10), 8: Talk(1e-3, 2e-4, 6e-10)},
+    talk_effort={2: Talk(5e-4, 2e-4, 8e-10), 4: Talk(1e-3, 3e-4, 7e-10), 8: Talk(1e-3, 2e-4, 6e-10)},
     overlap=0.4,
 )
 NOTHING = dict.fromkeys(TRUTH.talk, Talk(0.0, 0.0, 0.0))
-FREE = replace(TRUTH, crowd=dict.fromkeys(TRUTH.crowd, 1.0), talk=NOTHING, effort=NOTHING)
+SAME = dict.fromkeys(TRUTH.crowd, 1.0)
+FREE = replace(TRUTH, crowd=SAME, crowd_effort=SAME, talk=NOTHING, talk_effort=NOTHING)
 
 
 def observations(truth: Machine) -> Observations:
@@ -37,11 +41,13 @@ def observations(truth: Machine) -> Observations:
         parts = truth.forward, truth.backward_input, truth.backward_weight
         seconds = tuple(sum(a * b for a, b in zip(part, counted, strict=True)) for part in parts)
         pieces.append(Piece(tp, blocks, rows, seconds))
-    crowds = {n: 0.2 * slower * max(1, n / truth.cores) for n, slower in truth.crowd.items()}
+    crowds = {n: (0.2 * x * max(1, n / truth.cores), 0.2 * truth.crowd_effort[n]) for n, x in truth.crowd.items()}
     talks = []
     for ranks, line, size in product(truth.talk, (2, 4, 8), (1e4, 1e6)):
         talk = reduction(size, line)
-        took = (sum(a * b for a, b in zip(table[ranks], talk, strict=True)) for table in (truth.talk, truth.effort))
+        took = (
+            sum(a * b for a, b in zip(table[ranks], talk, strict=True)) for table in (truth.talk, truth.talk_effort)
+        )
         talks.append(Heard(ranks, talk, *took))
     layout = Layout(Mesh(dp=2))
     return Observations(MODEL, truth.cores, pieces, crowds, talks, (layout, 16, truth.step_seconds(layout, 16)))
@@ -50,8 +56,10 @@ def observations(truth: Machine) -> Observations:
 def numbers(machine: Machine) -> list[float]:
     """Everything that is fitted."""
     parts = machine.forward, machine.backward_input, machine.backward_weight
-    talks = [*machine.talk.values(), *machine.effort.values()]
-    return [x for numbers in (*parts, *talks, machine.crowd.values()) for x in numbers] + [machine.overlap]
+    talks = [*machine.talk.values(), *machine.talk_effort.values()]
+    return [
+        x for numbers in (*parts, *talks, machine.crowd.values(), machine.crowd_effort.values()) for x in numbers
+    ] + [machine.overlap]
 
 
 # -- without a clock -----------------------------------------------------------------------------------------------
@@ -73,7 +81,7 @@ def test_a_number_is_never_negative():
 
 def test_a_machine_is_saved_and_loaded(tmp_path):
     TRUTH.save(tmp_path / "machine.json")
-    assert cal.load_machine(tmp_path / "machine.json") == TRUTH
+    assert load_machine(tmp_path / "machine.json") == TRUTH
     assert "40%" in str(TRUTH) and "1.20" in str(TRUTH)
 
 
@@ -144,8 +152,10 @@ def test_a_comparison_states_its_errors():
 # -- with one ------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_of_this_machine_is_predicted_within_a_factor_of_two():
-    config = Config(vocab=64, context=64, depth=4, width=64, heads=4)
-    machine = cal.calibrate(config, rows=8, ranks=(1, 2))
-    seen = cal.compare(machine, config, [Layout(Mesh(pp=2), 4), Layout(Mesh(tp=2)), Layout(Mesh(dp=2), 2)], rows=8)
-    assert all(0.5 < p / m < 2 for p, m in zip(seen.predicted, seen.measured, strict=True)), seen
+@pytest.mark.skipif(cores() not in (2, 4), reason="a small model is cut for two cores or four")
+def test_steps_of_this_machine_are_predicted_roughly():
+    config = Config(vocab=64, context=64, depth=4, width=128, heads=4)
+    machine = cal.calibrate(config, rows=8, ranks=(1, cores()))
+    layouts = [Layout(Mesh(pp=cores()), 4), Layout(Mesh(tp=cores())), Layout(Mesh(dp=cores()), 2)]
+    seen = cal.compare(machine, config, layouts, rows=8)
+    assert all(1 / 3 < p / m < 3 for p, m in zip(seen.predicted, seen.measured, strict=True)), seen
