@@ -116,18 +116,19 @@ class Machine:
     def costs(self, layout: Layout, rows: int, context: int | None = None) -> Costs:
         """What actions cost: seconds of a rank that has a core for itself."""
         context, mesh = context or self.model.positions, layout.mesh
+        if mesh.cp * mesh.ep > 1 or layout.recompute == "selective":
+            raise ValueError(f"no prediction for cp, ep or selective recompute: {layout}")
         tokens = layout.rows(rows) * context
         whole = tokens / (mesh.tp if layout.sequence_parallel else 1)
         stages = self._stages(layout)
         crowd = self._of_world(self.crowd_effort if self._fills(layout) else self.crowd, layout)
-        activation, sums = 4 * tokens * self.model.hidden, 0.0
-        once = 0.0  # an activation over the tensor ranks
-        if layout.sequence_parallel:
-            once = 2 * self._talk(layout, gathering(activation, mesh.tp))
-        elif mesh.tp > 1:
-            once = self._talk(layout, reduction(activation, mesh.tp))
+        once = sums = 0.0  # an activation over the tensor ranks; what the loss sums over them
         if mesh.tp > 1:
-            sums = 2 * self._talk(layout, reduction(6 * tokens, mesh.tp))  # of the loss
+            activation = 4 * tokens * self.model.hidden
+            once = self._talk(layout, reduction(activation, mesh.tp))
+            if layout.sequence_parallel:
+                once = 2 * self._talk(layout, gathering(activation, mesh.tp))
+            sums = 2 * self._talk(layout, reduction(6 * tokens, mesh.tp))
 
         def work(seconds: Sizes, share: Share) -> float:
             counted = sizes(self.model, share.blocks, share.last, tokens, whole, context, mesh.tp)
@@ -136,15 +137,19 @@ class Machine:
         def travel(share: Share, times: int) -> float:
             return (1 - self.overlap) * self._travel(layout, share, times)
 
-        def forward(action: Action) -> float:
-            share = stages[action.stage]
+        def through(share: Share) -> float:
             talk = (2 * share.blocks + share.first) * once + share.last * sums
-            return work(self.forward, share) + talk + travel(share, layout.zero == 3)
+            return work(self.forward, share) + talk
+
+        def forward(action: Action) -> float:
+            return through(stages[action.stage]) + travel(stages[action.stage], layout.zero == 3)
 
         def by_input(action: Action) -> float:
             share = stages[action.stage]
-            again = forward(action) if layout.recompute == "full" else travel(share, layout.zero == 3)
-            return work(self.backward_input, share) + (2 * share.blocks + share.last) * once + again
+            seconds = work(self.backward_input, share) + (2 * share.blocks + share.last) * once
+            if layout.recompute == "full":
+                seconds += through(replace(share, first=False, last=False))
+            return seconds + travel(share, layout.zero == 3)
 
         def by_weight(action: Action) -> float:
             share, final = stages[action.stage], action.microbatch == layout.microbatches - 1

@@ -134,12 +134,27 @@ def test_what_computes_or_sends_more_takes_longer(less, more):
 
 def test_sequence_parallelism_cuts_norms_too():
     whole, cut = (Layout(Mesh(tp=2), sequence_parallel=sequence) for sequence in (False, True))
+    assert TRUTH.step_seconds(Layout(Mesh(), sequence_parallel=True), 16) == TRUTH.step_seconds(Layout(Mesh()), 16)
     assert FREE.step_seconds(cut, 16) < FREE.step_seconds(whole, 16)
 
 
 def test_a_world_of_unknown_size_is_refused():
     with pytest.raises(ValueError, match="has 16 ranks; calibrated are 1, 2, 4, 8"):
         TRUTH.step_seconds(Layout(Mesh(dp=16)), 16)
+
+
+@pytest.mark.parametrize("layout", [Layout(Mesh(cp=2)), Layout(Mesh(ep=2)), Layout(Mesh(), recompute="selective")])
+def test_what_is_not_fitted_is_not_predicted(layout):
+    with pytest.raises(ValueError, match="no prediction for cp, ep or selective recompute"):
+        TRUTH.step_seconds(layout, 16)
+
+
+def test_full_recompute_runs_the_blocks_again_and_not_the_head():
+    plain, full = (Layout(Mesh(), recompute=how) for how in ("none", "full"))
+    tokens = 16 * CONFIG.context
+    again = sizes(MODEL, 8, False, tokens, tokens, CONFIG.context, tp=1)
+    seconds = TRUTH.crowd[1] * sum(a * b for a, b in zip(TRUTH.forward, again, strict=True))
+    assert TRUTH.step_seconds(full, 16) - TRUTH.step_seconds(plain, 16) == pytest.approx(seconds)
 
 
 def test_a_comparison_states_its_errors():
