@@ -1651,24 +1651,27 @@ print(text[text.index("def train") : text.index("if __name__")].rstrip())
 prediction = None
 
 
-def under_torchrun(folder):
+def torchrun(folder):
     options = ["--standalone", "--nproc-per-node=4", "--max-restarts=2"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, script, folder, "--steps=10", "--every=4"]
-    told, killed = [], False
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-        for line in run.stdout:
-            told.append(line)
-            if line.startswith("step 6:") and not killed:
-                psutil.Process(run.pid).children()[2].kill()  # signal 9
-                killed = True
-    return told
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-# %% seconds=90
-told = under_torchrun(home / "torchrun")
+launcher, told = torchrun(home / "torchrun"), []
+for line in launcher.stdout:
+    told.append(line)
+    if line.startswith("step 6:"):
+        break
+psutil.Process(launcher.pid).children()[2].kill()  # signal 9
+
+# %%
+told += list(launcher.stdout)  # until it ends
+launcher.wait()
 steps = [int(line.split()[1].rstrip(":")) for line in told if line.startswith("step ")]
 again = steps.index(5, 5)  # the second time
 losses = json.loads(told[-1].removeprefix("losses "))
+
+# %%
 with contextlib.redirect_stdout(io.StringIO()):  # it tells its steps, too
     quiet = world.run(runpy.run_path(str(script))["train"], home / "no torchrun", 10, 4)[0]
 print("you wrote:", prediction)
