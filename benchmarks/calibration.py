@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minipar import Mesh, viz
-from minipar.calibrate import calibrate, compare
+from minipar.calibration import calibrate, compare
 from minipar.cost import Layout
 from minipar.machine import load_machine
 from minipar.model import Config

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import calibrate, compare
     from .checkpoint import latest, load, load_weights, save, save_weights
     from .collectives import Axis, connect
     from .cost import Layout
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Where the names are. A module is imported when one of its names is first used: the command line answers at once,
 # without waiting for torch.
 _HOMES = {
+    "calibration": ("calibrate", "compare"),
     "checkpoint": ("latest", "load", "load_weights", "save", "save_weights"),
     "collectives": ("Axis", "connect"),
     "cost": ("Layout",),
@@ -57,6 +59,8 @@ __all__ = [
     "Transformer",
     "World",
     "bubble",
+    "calibrate",
+    "compare",
     "connect",
     "cross_entropy",
     "find_model",

@@ -38,10 +38,10 @@ BESIDE = {  # on no floor: what each may import
     "doctor": {"rank", "world"},
     "cli": ENGINE | {"corpus", "checkpoint"},
     "cli_plan": {"cost", "hardware", "planner", "transformer", "viz"},
-    "calibrate": ENGINE | {"corpus"},
+    "calibration": ENGINE | {"corpus"},
     "course": {"world", "crew", "train"},  # what it loads before ranks are forked
     "__main__": {"cli", "cli_plan", "doctor", "course"},
-    "__init__": ENGINE | {"magic", "checkpoint", "loading", "calibrate"},
+    "__init__": ENGINE | {"magic", "checkpoint", "loading", "calibration"},
 }
 ONLY_IN = {"torch.cuda": {"device"}, "os.environ": {"rank", "world"}, "os.getenv": set()}
 

@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 
 from minipar import Config, Mesh
-from minipar import calibrate as cal
-from minipar.calibrate import Comparison
+from minipar import calibration as cal
+from minipar.calibration import Comparison
 from minipar.cost import Layout
 from minipar.machine import Heard, Machine, Observations, Piece, Sizes, Talk, fit, load_machine, reduction, sizes
 from minipar.rank import cores
