@@ -1012,10 +1012,13 @@ def draw_pipeline(stages, microbatches, schedule):
     order = SCHEDULES[schedule](stages, microbatches)
     run, most = simulate(order), in_flight(order[0])
     title = f"bubble {bubble(run):.0%}, rank 0 keeps {most}"
-    return viz.draw(run, title=title, unit="forward passes")
+    drawing = viz.draw(run, title=title, unit="forward passes")
+    case = f"{schedule}, stages: {stages}, microbatches: {microbatches}"
+    return viz.describe(drawing, f"{case}. It takes {run.end:g} forward passes; {title}.")
 
 
-explore(draw_pipeline, stages=[4, 2, 8], microbatches=[4, 1, 2, 8, 16, 32], schedule=list(SCHEDULES))
+many = [4, 1, 2, 8, 16, 32]
+explore(draw_pipeline, stages=[4, 2, 8], microbatches=many, schedule=list(SCHEDULES))
 
 # %%
 enough = next(m for m in range(1, 100) if round(bubble(simulate(one_f_one_b(4, m))), 9) <= 0.1)
@@ -1249,10 +1252,10 @@ assert abs(bubble(simulate(one_f_one_b(8, 56))) - 7 / 63) < 1e-12  # the first a
 assert in_flight(one_f_one_b(8, 56)[0]) == 8
 
 # %% [markdown] lang="en"
-# **Next:** [03d, schedules](03d_schedules.ipynb). The bubble can be made smaller with the same microbatches. One way
-# gives each rank several thin slices in place of a thick one. Another one splits backward into the two halves that you
-# saw as `backward_input` and `backward_weight`: only the first is awaited by another rank, so the second can fill the
-# gaps. A glimpse, with four ranks and eight microbatches each:
+# **Next:** [Long context](03e_long_context.ipynb). Before that, a glimpse of other schedules. The bubble can be made
+# smaller with the same microbatches. One way gives each rank several thin slices in place of a thick one. Another one
+# splits backward into the two halves that you saw as `backward_input` and `backward_weight`: only the first is awaited
+# by another rank, so the second can fill the gaps. With four ranks and eight microbatches each:
 
 # %%
 for make in (one_f_one_b, minipar.interleaved, minipar.zero_bubble_h1):
