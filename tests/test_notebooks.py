@@ -1,7 +1,9 @@
 """Notebooks are what their sources say, and fit for readers."""
 
 import ast
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -125,6 +127,29 @@ def test_what_a_chapter_shows_of_the_package_is_its_source_of_today(chapter, mon
         stored = [text for out in cell.outputs if (text := out.get("data", {}).get("text/markdown"))]
         again = f"{cell.source}\nshows old code: python -m minipar.course.build {chapter.stem} --force"
         assert not calls or stored == shown, again
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("chapters/*.ipynb"), *ROOT.glob("*s/*.ipynb")]
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES}), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_links_lead_to_files_that_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.M)
+    local = [unquote(link) for link in links if not re.match(r"\w+:", link)]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_glossary_has_its_terms_in_order_and_each_in_chinese():
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.M)[1:]
+    terms = [term.lower() for term, *_ in rows]
+    assert len(terms) >= 60 and len(set(terms)) == len(terms) and terms == sorted(terms)
+    same = [term for term, chinese, *_ in rows if chinese.isascii()]
+    assert same == ["bfloat16"], "what is called the same in both languages"
 
 
 def test_every_exercise_has_at_least_three_wrong_answers_for_each_task():

@@ -47,7 +47,7 @@
 
 # %%
 from copy import deepcopy
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 import torch.nn.functional as F
@@ -177,10 +177,8 @@ for number, (_, blocks, rows) in enumerate(held):
     place = mesh.coordinate(number)
     part = 2 * place["pp"] + place["tp"]  # ranks with the same part of the model stand in one column
     panel.barh(place["dp"] + 0.5, 0.92, 0.88, left=part + 0.04, fc=viz.PALETTE[part], ec=viz.INK, alpha=0.6)
-    half = "first" if place["tp"] == 0 else "second"
-    text = (
-        f"rank {number}\nblocks {blocks[0]} and {blocks[1]},\n{half} half of each matrix\nrows {rows[0]} to {rows[-1]}"
-    )
+    half = "1st" if place["tp"] == 0 else "2nd"
+    text = f"rank {number}\nblocks {blocks[0]} and {blocks[1]}\n{half} half of matrices\nrows {rows[0]} to {rows[-1]}"
     panel.text(part + 0.5, place["dp"] + 0.5, text, ha="center", va="center", fontsize=9)
 panel.set(xlim=(0, 4), ylim=(2, 0))
 panel.set_xticks([0.5, 1.5, 2.5, 3.5], ["pp 0, tp 0", "pp 0, tp 1", "pp 1, tp 0", "pp 1, tp 1"])
@@ -226,57 +224,79 @@ assert all(max(book, key=book.get) == "tp" and min(book, key=book.get) == "pp" f
 # ## 3. What counts on a laptop
 #
 # Eight ranks did the work. Were they eight times as fast as one? We measure. Each of 1, 2, 4 and 8 ranks trains the
-# model for a few steps with data parallelism alone, always on the same 16 rows. We note the seconds of each step, and
-# the bytes that a rank sends, of each step too.
+# model for a few steps with data parallelism alone, always on the same 16 rows. Each rank may use one **core**, a part
+# of a processor that runs one program at a time. We note three things of each step:
 #
-# **Predict:** the seconds of a step with eight ranks, if one rank needs 1 second. 1/8? 1/2? 1? More?
+# - how long it takes, by the clock;
+# - **processor time**: for how long a core was at work, summed over all ranks. A rank that waits adds nothing to it;
+# - the bytes that a rank sends.
+#
+# **Predict:** one rank needs 1 second. How long does a step take with eight ranks, on your machine, and what is their
+# processor time together?
 
 # %%
-prediction = None  # eight ranks, in units of the time of one
+prediction = None  # (by the clock, processor time), in units of what one rank needs
 
 
 def step_by_step(gpt, mesh, batches):
-    model, seconds, sent = parallelize(gpt, mesh), [], []
+    torch.set_num_threads(1)  # one core a rank
+    model, found = parallelize(gpt, mesh), []
     for tokens, targets in batches:
-        start = perf_counter()
+        clock, worked = perf_counter(), process_time()
         with ledger() as book:
             model.step(tokens, targets)
-        seconds.append(perf_counter() - start)
-        sent.append(book.bytes())
-    return seconds[1:], sent[1:]  # the first step sets up connections
+        found.append((perf_counter() - clock, process_time() - worked, book.bytes()))
+    return found[1:]  # the first step sets up connections
 
 
 same_work = list(corpus.batches(steps=7, rows=16, context=128))
 measured = {}
 for n in (1, 2, 4, 8):
     with World(n) as some:
-        measured[n] = some.run(step_by_step, deepcopy(gpt).float(), Mesh(dp=n), same_work)[0]
+        measured[n] = some.run(step_by_step, deepcopy(gpt).float(), Mesh(dp=n), same_work)
 
 # %%
-drawing, (left, right) = viz.figure(7.6, 3.2, columns=2)
-for n, (seconds, sent_here) in measured.items():
-    left.plot([n] * len(seconds), [1e3 * s for s in seconds], "o", color=viz.PALETTE[5], alpha=0.7)
-    right.plot([n] * len(sent_here), [size / 1e6 for size in sent_here], "s", color=viz.PALETTE[6], alpha=0.7)
-best = [1e3 * min(seconds) for seconds, _ in measured.values()]
-left.plot(list(measured), best, color=viz.PALETTE[5])
-left.set(ylim=(0, None), ylabel="milliseconds", title=f"A step on this machine ({rank.cores()} cores)")
+clock, work, sent_here = {}, {}, {}  # for each number of ranks, of six steps
+for n, ranks in measured.items():
+    steps = list(zip(*ranks, strict=True))  # a step: what each rank found
+    clock[n] = min(max(seconds for seconds, _, _ in step) for step in steps)
+    work[n] = min(sum(worked for _, worked, _ in step) for step in steps)
+    sent_here[n] = [step[0][2] for step in steps]
+drawing, (left, right) = viz.figure(7.8, 3.3, columns=2)
+left.plot(list(clock), [s / work[1] for s in clock.values()], "o-", color=viz.PALETTE[5], label="by the clock")
+left.plot(list(work), [s / work[1] for s in work.values()], "^-", color=viz.PALETTE[6], label="processor time")
+left.plot(list(clock), [1 / n for n in clock], ":", color=viz.INK, label="1 / ranks")
+left.set(ylim=(0, None), ylabel="one rank's processor time = 1", xlabel="ranks")
+left.set_title(f"A step on this machine ({rank.cores()} cores)")
+left.legend(frameon=False, fontsize=9)
+for n, sizes in sent_here.items():  # six points each
+    right.plot([n] * len(sizes), [size / 1e6 for size in sizes], "s", color=viz.PALETTE[2])
 right.set(ylim=(0, None), ylabel="million bytes", title="Sent by a rank in a step")
 for panel in (left, right):
     panel.set(xlabel="ranks", xticks=list(measured))
+
+# %%
 alt = (
-    "Left: milliseconds of six steps each with 1, 2, 4 and 8 ranks, measured on the machine that ran this notebook; a "
-    "line joins the fastest of each. Right: bytes that a rank sends in the same steps; the six points of each number "
-    "of ranks lie on one another. One rank sends nothing, two send the size of the gradient, eight 1.75 times that."
+    "Left: a step with 1, 2, 4 and 8 ranks on the machine that ran this notebook, in units of one rank's processor "
+    "time: its length by the clock, the processor time of all ranks together, and for comparison 1/ranks. Right: bytes "
+    "that a rank sends in the same steps; the six points of each number of ranks lie on one another. One rank sends nothing, "
+    "two send the size of the gradient, eight 1.75 times that."
 )
 viz.show(drawing, alt)
 G = 4 * P + 16  # 4 bytes for each number of the gradient, and 16 for the loss
-assert [set(found) for _, found in measured.values()] == [{0}, {G}, {1.5 * G}, {1.75 * G}]
+assert [set(sizes) for sizes in sent_here.values()] == [{0}, {G}, {1.5 * G}, {1.75 * G}]
 
 # %% [markdown] lang="en"
-# To the left are seconds, of your machine and of this hour. (A **core** is a part of a processor that can run a program
-# of its own.) No speedup by eight is to be seen. One rank alone already keeps all cores busy, since PyTorch splits its
-# multiplications among them. Eight ranks have no more cores to work with, and they have more to do: each makes its own
-# preparations, and they have to talk. On a cluster each rank brings a processor of its own; here none does.
+# To the left are times, of your machine and of this hour. Look at the processor time first. It does not shrink: the
+# work is cut in parts, but the parts together are the same work, and each rank adds its own preparations and its
+# sending. By the clock, a step can get shorter only as long as there are cores for more ranks. With two cores it takes
+# at least half of the processor time, whether two ranks share the work or eight. The dotted line is what you would hope
+# for; it needs a core for each rank.
+#
+# (Two reasons why your picture may look different. If other programs keep your machine busy, ranks wait for a core, so
+# the line of the clock lies higher; and many ranks together get a larger share of the cores than one. And PyTorch, left
+# alone, uses several cores in one process. Therefore a plain training script on a laptop gains nothing from more
+# ranks.)
 #
 # To the right are bytes. All six steps of each run give the same number: the six points lie on one another.
 #
@@ -350,7 +370,7 @@ for model in models:
 # %% jupyter={"source_hidden": true}
 # One answer: 16 bytes a parameter, rounded up to whole devices
 def devices_for_states(parameters, memory):
-    return -(-16 * parameters // memory)  # // rounds down, of a negative number away from 0
+    return int(-(-16 * parameters // memory))  # // rounds down; with both signs, up
 
 
 counts = {model.name: devices_for_states(model.parameters, 80e9) for model in models}
@@ -379,6 +399,9 @@ for name, device in hardware.DEVICES.items():
 
 
 # %%
+prediction = None  # (models that fit an H100, models that fit the largest)
+
+
 def draw_states(model, device):
     parts, memory = cost.states(transformer.find_model(model).parameters, 1, 0), hardware.DEVICES[device].memory
     total, left = sum(parts.values()), 0.0
@@ -389,10 +412,10 @@ def draw_states(model, device):
     panel.axvline(memory / 1e9, color=viz.INK, ls="--", label=f"memory of one {device}")
     panel.set(xlim=(0, 1.1 * max(left, memory / 1e9)), yticks=[], xlabel="GB")
     needed = devices_for_states(transformer.find_model(model).parameters, memory)
-    title = f"{model}: {total / 1e9:,.0f} GB of states, the memory of {needed} {device}"
+    title = f"{model}: {total / 1e9:,.0f} GB of states, at least {needed} {device}"
     panel.set_title(title, fontsize=10)
     drawing.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return viz.describe(drawing, f"{title}, which has {memory / 1e9:.0f} GB.")
+    return viz.describe(drawing, f"{title} with {memory / 1e9:.0f} GB each.")
 
 
 widgets.explore(
@@ -402,10 +425,12 @@ widgets.explore(
 )
 
 # %%
+shown = "llama-1b", "llama-8b", "llama-70b", "gpt3-175b", "llama-405b"
 for device in ("H100", "MI300X"):
-    sizes = {name: sum(cost.states(model.parameters, 1, 0).values()) for name, model in transformer.MODELS.items()}
-    fitting = [name for name in ("llama-1b", "llama-8b", "llama-70b") if sizes[name] < hardware.DEVICES[device].memory]
+    memory = hardware.DEVICES[device].memory
+    fitting = [name for name in shown if devices_for_states(transformer.find_model(name).parameters, memory) == 1]
     print(f"fit one {device}:", ", ".join(fitting))
+print("you wrote:", prediction)
 assert fitting == ["llama-1b", "llama-8b"] and max(d.memory for d in hardware.DEVICES.values()) == 192e9
 
 # %% [markdown] lang="en"
@@ -566,7 +591,7 @@ assert layout.size == 16384
 # %% [markdown] lang="en"
 # They fit. What is left of the 80 GB goes to the activations. Stage 3 needs almost nothing, so why not always take it?
 # Because each step then sends far more. Memory, bytes and idle time can be traded for each other, and choosing well is
-# the subject of chapters [3g](03g_hybrid.ipynb) and [4c](04c_faq.ipynb).
+# the subject of chapters 3g and 4c, which are still to be written.
 #
 # ## 7. From 2017 to today
 #
@@ -576,11 +601,11 @@ assert layout.size == 16384
 # %%
 UNKNOWN, TENSORS, LAYERS = "one machine, or not published", "matrices (and data)", "layers, too (a pipeline)"
 published = {  # year and month of the paper, parameters, what was cut, where the label goes
-    "Transformer (big)": (2017, 6, 213e6, UNKNOWN, (8, 6)),
+    "Transformer (big)": (2017, 6, 213e6, UNKNOWN, (-22, 9)),
     "GPT": (2018, 6, 117e6, UNKNOWN, (8, -6)),
     "BERT-large": (2018, 10, 340e6, UNKNOWN, (8, -6)),
     "GPT-2": (2019, 2, 1.5e9, UNKNOWN, (8, -6)),
-    "Megatron-LM": (2019, 9, 8.3e9, TENSORS, (-76, 8)),
+    "Megatron-LM": (2019, 9, 8.3e9, TENSORS, (-68, 7)),
     "T5": (2019, 10, 11e9, TENSORS, (8, -6)),
     "GPT-3": (2020, 5, 175e9, LAYERS, (8, -10)),
     "MT-NLG": (2022, 1, 530e9, LAYERS, (-46, 7)),
@@ -602,12 +627,16 @@ for kind, (marker, color) in looks.items():
 for name, (year, month, size, _, offset) in published.items():
     spot = year + (month - 0.5) / 12, size
     panel.annotate(name, spot, offset, textcoords="offset points", fontsize=9)
+# of DeepSeek-V3, what works on a token
 panel.plot(2024.96, 37e9, "s", ms=8, mfc="white", color=viz.PALETTE[6])
-panel.annotate("its 37 billion at work on a token", (2024.96, 37e9), (-10, -16), textcoords="offset points", ha="right")
+where = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
+panel.annotate("37 billion of them\nwork on a token", (2024.96, 37e9), (-9, -20), **where)
 panel.axhline(fit, color=viz.INK, ls="--", lw=1)
 panel.text(2025.3, fit / 1.7, "below: the states fit one device of 80 GB", fontsize=9, ha="right")
 panel.set(xlim=(2017, 2025.4), ylim=(5e7, 2e12), ylabel="parameters", xlabel="year of the paper")
 drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, title="What was cut")
+
+# %%
 alt = (
     "Parameters of twelve published models on a logarithmic axis against the year of the paper: from 213 million in "
     "2017 over 11 billion in 2019 and 175 billion in 2020 to 671 billion in 2024. Four lie below a line at 5 billion, "
@@ -678,26 +707,24 @@ assert worst < 0.04
 # |---|---|---|---|
 # | 1 | 1.2 | model parallelism, parts of the model on several nodes, makes training faster | [3b], [3c] |
 # | 2 | 1.2 | data parallelism makes loading and preprocessing faster | [3a] |
-# | 3 | 1.2 | pipeline parallelism runs stages of the training process at once, in less time | [3c], [3d] |
+# | 3 | 1.2 | pipeline parallelism runs stages of the training process at once, in less time | [3c] |
 # | 4 | 1.2 | these three are the main directions | [3a] (ZeRO), [3e], [3f] |
-# | 5 | 1.3 | parallel training takes much less time | [3g], [4b] |
+# | 5 | 1.3 | parallel training takes much less time | [4b] |
 # | 6 | 1.3 | it lowers the cost, on limited hardware | [4b] |
 # | 7 | 1.3 | it makes the model better and more robust | [3a], [4a] |
 #
 # [3a]: 03a_data_parallel.ipynb
 # [3b]: 03b_tensor_parallel.ipynb
 # [3c]: 03c_pipeline_parallel.ipynb
-# [3d]: 03d_schedules.ipynb
 # [3e]: 03e_long_context.ipynb
 # [3f]: 03f_experts.ipynb
-# [3g]: 03g_hybrid.ipynb
 # [4a]: 04a_math.ipynb
 # [4b]: 04b_cost_models.ipynb
 #
 # The word *node* means a computer of a cluster, often with eight GPUs. What the document calls model parallelism is
 # what we split into `tp` and `pp`.
 #
-# All verdicts are collected in [chapter 3i](03i_claims.ipynb), with the condition under which each of them flips.
+# All verdicts will be collected in chapter 3i, with the condition under which each of them flips.
 # **Write down your own now.** You have seen enough for a guess, and for one of the seven you have more than a guess:
 # look at section 1 again.
 
@@ -760,7 +787,7 @@ rest = sum(hours for some in optional.values() for *_, hours in some)
 print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest:g} hours; exercises not counted")
 
 # %% [markdown] lang="en"
-# Two full days for the core path, or two weeks of evenings. The hours are estimates, for someone who writes down the
+# Two long days for the core path, or two weeks of evenings. The hours are estimates, for someone who writes down the
 # predictions and tries what it says to try.
 #
 # | chapter | what you do there |
@@ -771,15 +798,15 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # | ★ [03a](03a_data_parallel.ipynb) data parallelism | cut the batch; share out what all ranks hold in common (ZeRO) |
 # | ★ [03b](03b_tensor_parallel.ipynb) tensor parallelism | cut matrices, and find out what has to be sent |
 # | ★ [03c](03c_pipeline_parallel.ipynb) pipeline parallelism | cut the list of layers, on one process first |
-# | [03d](03d_schedules.ipynb) schedules | fill the gaps of a pipeline |
+# | 03d schedules (to come) | fill the gaps of a pipeline |
 # | [03e](03e_long_context.ipynb) long context | cut a row of text that is too long for one device |
 # | [03f](03f_experts.ipynb) experts | send tokens to the ranks that hold their experts |
-# | ★ [03g](03g_hybrid.ipynb) hybrid parallelism | twelve layouts of one model, compared |
+# | ★ 03g hybrid parallelism (to come) | twelve layouts of one model, compared |
 # | [03h](03h_memory_and_recovery.ipynb) memory and recovery | save memory; lose a rank, and go on |
-# | [03i](03i_claims.ipynb) claims | the document's sentences, each with a verdict |
+# | 03i claims (to come) | the document's sentences, each with a verdict |
 # | [04a](04a_math.ipynb) the math | why a model that is cut learns the same, by hand and by algebra |
 # | [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
-# | ★ [04c](04c_faq.ipynb) questions | which model, and which layout for which machines? |
+# | ★ 04c questions (to come) | which model, and which layout for which machines? |
 #
 # Chapters 5 to 8 belong to the document's last four sections: practice with a real pretrained model, applications,
 # tools, and what comes next. They build on the core path.

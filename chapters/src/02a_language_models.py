@@ -1278,7 +1278,7 @@ viz.show(drawing, alt)
 # |---|---|
 # | millions to billions of parameters | of 2018 to 2020; published models today have hundreds of billions |
 # | pretraining teaches language | holds in the small: below the loss of every counting guesser, on text not seen |
-# | they adapt to many tasks | not shown here; [04c](04c_faq.ipynb) and later chapters test it with larger models |
+# | they adapt to many tasks | not shown here; it takes larger models |
 #
 # ## Three questions to take along
 #

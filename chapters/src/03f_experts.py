@@ -900,7 +900,7 @@ assert 4 * 8 == 32 and Mesh(dp=4, ep=8).size == 32 and len(Mesh(dp=4, ep=8).line
 world.close()
 
 # %% [markdown] lang="en"
-# **Next:** [03g, hybrid parallelism](03g_hybrid.ipynb): all axes on one mesh.
+# **Next:** [Memory and recovery](03h_memory_and_recovery.ipynb).
 #
 # ## References
 #

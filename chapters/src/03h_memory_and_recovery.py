@@ -1903,7 +1903,7 @@ for some in (world, eight, single):
 room.cleanup()
 
 # %% [markdown] lang="en"
-# **Next:** [03i, the claims](03i_claims.ipynb): what the document says of these strategies, each sentence measured.
+# **Next:** [The mathematics](04a_math.ipynb): why sharded gradients equal whole ones.
 #
 # ## References
 #
