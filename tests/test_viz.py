@@ -55,6 +55,7 @@ def drawings() -> dict[str, Figure]:
         "schedule": viz.draw_schedule(one_f_one_b(4, 6)),
         "layout": viz.draw_layout(Mesh(dp=2, tp=4), {"dp": 1e9, "tp": 2e9}, "dp", node=4),
         "compare": viz.compare(simulate(one_f_one_b(4, 6)), run),
+        "predictions": viz.draw_predictions(["dp=2", "tp=2"], [1.0, 2.0], [1.1, 1.8], "seconds a step"),
     }
 
 
