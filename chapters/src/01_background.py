@@ -279,8 +279,8 @@ for panel in (left, right):
 alt = (
     "Left: a step with 1, 2, 4 and 8 ranks on the machine that ran this notebook, in units of one rank's processor "
     "time: its length by the clock, the processor time of all ranks together, and for comparison 1/ranks. Right: bytes "
-    "that a rank sends in the same steps; the six points of each number of ranks lie on one another. One rank sends nothing, "
-    "two send the size of the gradient, eight 1.75 times that."
+    "that a rank sends in the same steps; the six points of each number of ranks lie on one another. "
+    "One rank sends nothing, two send the size of the gradient, eight 1.75 times that."
 )
 viz.show(drawing, alt)
 G = 4 * P + 16  # 4 bytes for each number of the gradient, and 16 for the loss
