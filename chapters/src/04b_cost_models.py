@@ -519,8 +519,8 @@ viz.show(drawing, f"Predicted and published speed of eight runs in TFLOP/s a dev
 # minute, and predicts whole steps of other layouts. On two cores, 26 layouts on 2 to 8 ranks were predicted with a
 # median error of 7 percent: [the table](../benchmarks/README.md#predicted-step-times).
 #
-# So: trust such a prediction to rank layouts, and to about a quarter in time. The next chapter lets a planner do the
-# ranking: [Which layout?](04c_faq.ipynb)
+# So: trust such a prediction to rank layouts, and to about a quarter in time. The next section lets a planner do the
+# ranking.
 #
 # The whole of it is short enough to read:
 
@@ -590,8 +590,6 @@ for name, what in (("the best", found.best), ("theirs", theirs)):
 # 3. Kernels that wait for memory, the tensor axis, gradients that nothing hides, and the optimizer are all still there.
 #
 # </details>
-#
-# **Next:** [Which model, which layout?](04c_faq.ipynb)
 #
 # ## References
 #
