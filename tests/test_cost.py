@@ -323,3 +323,96 @@ def test_a_step_sends_the_bytes_that_are_computed(world4, tied):
                 assert 0 <= booked.pop(axis, 0) - wanted.pop(axis) <= small, (layout, rank, axis)
             padding = 3 * layout.microbatches * units * layout.replicas * F64.weights
             assert 0 <= sum(booked.values()) - sum(wanted.values()) <= small + padding, (layout, rank, booked, wanted)
+
+
+# -- worked by hand ------------------------------------------------------------------------------------------
+
+# Grouped heads and a gate: h 8, q 8, k and v 4 each, f 20. Per token and block, in numbers:
+#   copies that tensor ranks have whole: two norms' inputs and outputs         4 x 8
+#   what they share: q, k, v, attention's output, gate, up, their product     8 + 2 x 4 + 8 + 3 x 20
+GATED = Transformer("gated", 2, 8, 4, 100, kv_heads=2, mlp=20, gated=True, biases="none", norm=1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "numbers"),
+    [
+        (Layout(Mesh()), 32 + 84),
+        (Layout(Mesh(tp=2)), 32 + 42),
+        (Layout(Mesh(tp=2), sequence_parallel=True), 16 + 42),
+        (Layout(Mesh(cp=2)), (32 + 84) / 2),
+        (Layout(Mesh(), recompute="full"), 8),
+        (Layout(Mesh(tp=2), sequence_parallel=True, recompute="full"), 4),
+        # A block's input and what its two halves add to it; no product of gate and up.
+        (Layout(Mesh(), recompute="selective"), 24 + 64),
+        (Layout(Mesh(tp=2), recompute="selective"), 24 + 32),
+    ],
+)
+def test_activations_of_a_gated_block_are_those_counted_by_hand(layout, numbers):
+    assert block_activations(GATED, layout, 3, 10) == 3 * 10 * numbers * MIXED.activations
+    plain = replace(GATED, gated=False)
+    products = {"none": 20, "selective": 20, "full": 0}[layout.recompute] * 3 * 10 / layout.mesh.cp / layout.mesh.tp
+    less = block_activations(GATED, layout, 3, 10) - block_activations(plain, layout, 3, 10)
+    assert less == products * MIXED.activations
+
+
+def test_a_token_keeps_what_each_of_its_experts_computes():
+    one, two = (replace(GATED, experts=4, top=top) for top in (1, 2))
+    kept = [block_activations(model, Layout(Mesh()), 1, 10) for model in (GATED, one, two)]
+    assert kept[0] == kept[1] and kept[2] - kept[1] == 10 * 3 * 20 * MIXED.activations
+
+
+def test_selective_recompute_of_the_small_gpt_keeps_eleven_sixteenths():
+    none, selective = (
+        block_activations(from_config(Config()), Layout(Mesh(), recompute=how), 1, 1, FP32)
+        for how in ("none", "selective")
+    )
+    assert selective / none == 11 / 16
+
+
+def test_without_dropout_scores_that_are_not_fused_are_kept_once():
+    kernels = replace(MEGATRON_2021, dropout=False)
+    model = Transformer("x", 1, 64, 4, 100, positions=10)
+    fused, not_fused = (block_activations(model, Layout(Mesh(tp=2)), 3, 10, MIXED, k) for k in (TODAY, kernels))
+    assert not_fused - fused == 3 * 10 * (4 * 10) * MIXED.activations / 2
+
+
+def test_states_are_shared_out_over_the_ranks_that_have_the_same_parameters():
+    """A mixture: attention, router, norms and both ends over dp x ep x cp, experts over dp x cp."""
+    model = replace(GATED, experts=4, top=2)
+    mesh = Mesh(dp=2, ep=2, cp=3, tp=2)
+    attention, expert, router, norms = 8 * (8 + 4 + 4) + 8 * 8, 3 * 8 * 20, 8 * 4, 2 * 8
+    dense = 2 * (attention / 2 + router + norms) + 100 * 8 / 2 + 8 + 100 * 8 / 2
+    experts = 2 * 4 * expert / (2 * 2)
+    (share,) = shares(model, Layout(mesh))
+    assert (share.dense, share.experts) == (dense, experts)
+    for zero, divided in {
+        0: (),
+        1: ("optimizer",),
+        2: ("optimizer", "gradients"),
+        3: ("optimizer", "gradients", "weights"),
+    }.items():
+        (memory,) = stage_memory(model, Layout(mesh, zero=zero), 4, 12)
+        for what in ("weights", "gradients", "optimizer"):
+            over = (12, 6) if what in divided else (1, 1)
+            assert memory[what] == pytest.approx((dense / over[0] + experts / over[1]) * getattr(MIXED, what)), (
+                zero,
+                what,
+            )
+    (kept,) = stage_memory(model, Layout(mesh, zero=2, whole_gradients=True), 4, 12)
+    assert kept["gradients"] == pytest.approx((dense + experts) * MIXED.gradients)
+
+
+def test_what_is_whole_for_a_while_is_counted():
+    """Two blocks' weights under ZeRO-3, their gradients under ZeRO-2; a block's activations while it is made again; the
+    logits of a microbatch and their gradient in 32 bits, cut by tp and cp."""
+    mesh = Mesh(dp=2, cp=2, tp=2)
+    memory = {zero: stage_memory(GATED, Layout(mesh, zero=zero), 2, 12)[0]["gathered"] for zero in range(4)}
+    (share,) = shares(GATED, Layout(mesh))
+    assert memory[0] == memory[1] == 0
+    assert memory[2] == 2 * share.dense / 2 * MIXED.gradients and memory[3] == 2 * share.dense / 2 * MIXED.weights
+    (full,) = stage_memory(GATED, Layout(mesh, recompute="full"), 2, 12)
+    inputs = block_activations(GATED, Layout(mesh, recompute="full"), 1, 12)
+    assert full["activations"] == 2 * inputs + block_activations(GATED, Layout(mesh), 1, 12)
+    assert full["logits"] == 2 * 4 * 1 * 12 / 2 * 100 / 2
+    first, last = stage_memory(GATED, Layout(Mesh(pp=2), 2), 2, 12)
+    assert first["logits"] == 0 and last["logits"] == 2 * 4 * 12 * 100
