@@ -18,7 +18,10 @@ RECOMPUTE = ("none", "selective", "full")
 class Layout:
     """How a model is laid out: what `parallelize` takes, as plain data.
 
-    schedule: a name of `schedule.SCHEDULES`; chunks: of "interleaved", stages on each rank.
+    microbatches: of each data rank's rows. schedule: "gpipe", "1f1b", "interleaved", "zero-bubble-h1", "zero-bubble-h2"
+        or "zero-bubble-v". chunks: of "interleaved", stages on each rank.
+    zero: 0 to 3, what data ranks share out; whole_gradients, sequence_parallel as in `parallelize`.
+    recompute: "none", "selective" or "full".
     """
 
     mesh: Mesh

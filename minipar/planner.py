@@ -15,7 +15,7 @@ from itertools import product
 from .cost import MIXED, RECOMPUTE, TODAY, Formats, Kernels, Layout, stage_memory
 from .hardware import Cluster
 from .mesh import Mesh
-from .prediction import Prediction, predict
+from .prediction import Prediction, known, predict
 from .transformer import Transformer
 
 ROWS = (1, 2, 4, 8, 16)  # of a microbatch
@@ -26,7 +26,7 @@ LONGEST_SEQUENCE_PART = 1024  # tokens of a chunk, two of which a context rank h
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A layout that differs from the best in one thing, and what it lacks."""
+    """A layout that differs from the best in one thing, and what it lacks: memory, or time, and where that goes."""
 
     change: str
     layout: Layout
@@ -37,7 +37,7 @@ class Neighbor:
         return f"{self.change}: {self.lacks}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """ranked: layouts that fit, the fastest first, as far as they were simulated. tried: how many were priced, or found
     not to fit in memory."""
@@ -66,19 +66,18 @@ class Plan:
         try:
             other = predict(self.model, layout, self.cluster, self.batch, self.sequence, self.formats, self.kernels)
         except ValueError as problem:
-            return Neighbor(change, layout, None, str(problem))
+            return Neighbor(change, layout, None, f"not possible: {problem}")
         if not other.fits:
             most = max(other.memory, key=other.memory.__getitem__)
-            lacks = (
-                f"{_gb(other.peak_memory)} of {_gb(self.cluster.device.memory)} GB, {_gb(other.memory[most])} {most}"
-            )
-            return Neighbor(change, layout, other, f"memory: {lacks}")
+            needed = f"{_gb(other.peak_memory)} of {_gb(self.cluster.device.memory)} GB"
+            return Neighbor(change, layout, other, f"does not fit: {needed}, {_gb(other.memory[most])} {most}")
         slower = other.seconds / self.best.seconds - 1
         if slower <= 0.001:
-            return Neighbor(change, layout, other, f"nothing: {slower:+.1%} in time")
+            return Neighbor(change, layout, other, "as fast")
         more = {name: s - self.best.parts[name] for name, s in other.parts.items()}
         part = max(more, key=more.__getitem__)
-        return Neighbor(change, layout, other, f"time: {slower:+.0%}, most of it {part} ({more[part]:+.2f} s)")
+        how = f"{slower:.0%} slower" if slower >= 0.005 else f"{slower:.1%} slower"
+        return Neighbor(change, layout, other, f"{how}, most of it {part} ({more[part]:+.2f} s)")
 
     def table(self, top: int = 10) -> str:
         """The best ones, a line each."""
@@ -114,7 +113,7 @@ class Plan:
         lines = [
             f"The best takes {best.seconds:.2f} s a step: {', '.join(spent)}.",
             f"Its fullest rank has {_gb(best.peak_memory)} of {_gb(device.memory)} GB: {', '.join(held)}.",
-            "With one thing changed it lacks",
+            "With one thing changed:",
             *(f"  {neighbor}" for neighbor in self.neighbors),
         ]
         return "\n".join(lines)
@@ -132,12 +131,15 @@ class Plan:
             f"{self.tried:,} layouts tried, {self.fitting:,} fit."
         )
 
+    def __repr__(self) -> str:
+        return f"Plan({self.model.name}, {self.cluster.gpus} {self.cluster.device.name}; best: {self.best.layout.mesh})"
+
     def __str__(self) -> str:
         return f"{self.headline()}\n\n{self.table()}\n\n{self.why()}"
 
 
 def plan(
-    model: Transformer,
+    model: Transformer | str,
     cluster: Cluster,
     batch: int,
     sequence: int,
@@ -146,8 +148,15 @@ def plan(
 ) -> Plan:
     """Rank the layouts of a model for steps over `batch` rows of `sequence` tokens.
 
+    model: a Transformer, or the name of one in `transformer.MODELS`. cluster: `CLUSTERS["h100"].of(16)` for instance.
+
+        found = plan("llama-8b", CLUSTERS["h100"].of(16), batch=128, sequence=4096)
+        print(found)                                       # a table, and why
+        parallelize(model, found.best.layout.mesh, **found.best.layout.options())
+
     ValueError if none fits, with the one that lacks least.
     """
+    model, cluster = known(model, cluster, sequence)
     for name, value in (("batch", batch), ("sequence", sequence)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: a whole number, at least 1")
@@ -186,7 +195,7 @@ def _layouts(model: Transformer, cluster: Cluster, batch: int, sequence: int) ->
             microbatches, rest = divmod(batch, parts * rows)
             if rest or not microbatches or (chunks > 1 and microbatches % mesh.pp):
                 continue
-            for zero in (1, 3) if mesh.dp * mesh.ep * mesh.cp > 1 else (0,):
+            for zero in (0, 1, 3) if mesh.dp * mesh.ep * mesh.cp > 1 else (0,):
                 yield [
                     Layout(mesh, microbatches, schedule, chunks, zero, False, mesh.tp > 1, recompute)
                     for recompute in RECOMPUTE

@@ -18,7 +18,7 @@ prediction is a bound that good software comes near, and says more about two lay
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .cost import (
     MIXED,
@@ -36,7 +36,7 @@ from .cost import (
 from .hardware import Cluster, Link
 from .schedule import Action, Op
 from .timeline import Costs, Timeline, simulate
-from .transformer import Transformer
+from .transformer import Transformer, find_model
 
 # -- one block -----------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ def _link(cluster: Cluster, layout: Layout, axis: str, kernels: Kernels) -> Link
 # -- a step --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """A step as it is expected. parts: seconds of the busiest rank by what they go to; they add up to `seconds`.
 
@@ -205,18 +205,35 @@ class Prediction:
         """The pipeline's part of the step, action by action."""
         return simulate(self.layout.order(), self.costs)
 
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
     def __str__(self) -> str:
         shares = {name: seconds / self.seconds for name, seconds in self.parts.items()}
         spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > 0.005)
+        memory = f"{self.peak_memory / 1e9:.0f} of {self.cluster.device.memory / 1e9:.0f} GB"
         return (
             f"{self.model.name} on {self.layout.mesh}: {self.seconds:.2f} s a step, "
             f"{self.flops_per_device() / 1e12:.0f} TFLOP/s a device (MFU {self.mfu:.0%}), "
-            f"{self.peak_memory / 1e9:.0f} of {self.cluster.device.memory / 1e9:.0f} GB; {spent}"
+            f"{memory}{'' if self.fits else ', which does not fit'}; {spent}"
         )
 
 
+def known(model: Any, cluster: Any, sequence: int) -> tuple[Transformer, Cluster]:
+    """What a caller means by a model and a cluster. TypeError, with what would fit, if that is not clear; ValueError if
+    the model has no positions for rows as long."""
+    model = find_model(model) if isinstance(model, str) else model
+    if not isinstance(model, Transformer):
+        raise TypeError(f"model={model!r}: a Transformer, or the name of one, such as 'llama-8b'")
+    if not isinstance(cluster, Cluster):
+        raise TypeError(f"cluster={cluster!r}: a Cluster, such as CLUSTERS['h100'].of(16)")
+    if 0 < model.positions < sequence:
+        raise ValueError(f"a row of {sequence} tokens is longer than the {model.positions} positions of {model.name}")
+    return model, cluster
+
+
 def predict(
-    model: Transformer,
+    model: Transformer | str,
     layout: Layout,
     cluster: Cluster,
     batch: int,
@@ -227,10 +244,16 @@ def predict(
 ) -> Prediction:
     """A step over `batch` rows of `sequence` tokens.
 
+    model: a Transformer, or the name of one in `transformer.MODELS`. cluster: `CLUSTERS["h100"].of(16)` for instance.
+        It has as many devices as the layout's mesh has ranks.
+    formats, kernels: bytes of a number, and what software makes of a device; see `minipar.cost`.
     exact: simulate the schedule. Else its length is estimated as that of the busiest rank, plus the time in which the
         pipe fills and drains: (p-1) times a stage's forward and input gradient, where a schedule does not shorten it.
     ValueError if the mesh is not the cluster's size, or model and batch do not fit on the layout.
     """
+    model, cluster = known(model, cluster, sequence)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout={layout!r}: a Layout, such as Layout(Mesh(dp=8), microbatches=4)")
     mesh = layout.mesh
     if mesh.size != cluster.gpus:
         raise ValueError(f"{mesh} has {mesh.size} ranks, and the cluster {cluster.gpus} devices")
@@ -282,7 +305,7 @@ def predict(
         "other kernels": work(busy) - products - per * (block.tensor + block.others),
         "tensor axis": per * block.tensor,
         "context and expert axes": per * block.others,
-        "pipeline": end - work(busy),
+        "pipeline": max(end - work(busy), 0.0),
         "data axis": data,
         "optimizer": update,
     }

@@ -123,11 +123,12 @@ def test_a_mixture_pays_for_the_experts_that_work_and_holds_all():
         (Layout(Mesh(dp=4)), 8, 8, "has 4 ranks, and the cluster 8 devices"),
         (Layout(Mesh(tp=3)), 3, 8, "tp=3 does not divide the 32 heads"),
         (Layout(Mesh(dp=2), 3), 2, 8, "a batch of 8 rows is not divisible by 2 data ranks x 3 microbatches = 6"),
+        (Mesh(dp=8), 8, 8, r"layout=Mesh\(dp=8, .*\): a Layout, such as"),
         (Layout(Mesh(pp=64)), 64, 64, "has 32 blocks, and this layout 64 stages"),
     ],
 )
 def test_what_does_not_fit_says_so(layout, gpus, batch, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         predict(MODEL, layout, cluster(gpus), batch, 4096)
 
 
