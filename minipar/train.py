@@ -138,8 +138,8 @@ class Options:
             raise ValueError(f"dtype={self.dtype!r}: torch.bfloat16, torch.float16, or None for the module's own")
         if not isinstance(self.pace, Costs | None):
             raise TypeError(f"pace={self.pace!r}: minipar.Costs(forward=...), in seconds")
-        if self.pace and self.wrap:
-            raise ValueError("pace does not go with wrap: a wrapper expects a backward")
+        if self.pace and (self.wrap or self.zero == 3):
+            raise ValueError("pace does not go with wrap or zero=3: blocks that compute nothing ask for no weights")
 
 
 class Parallel:
