@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
         tokens = TOKENS_OF_A_STEP * (4 if model.parameters > 100e9 else 1)
         batch = options.batch or max(tokens // options.sequence, 1)
         kernels = MEGATRON_2021 if options.kernels == "2021" else TODAY
-        if options.picture and not options.picture.absolute().parent.is_dir():
-            raise ValueError(f"--picture {options.picture}: there is no such folder")
+        if options.picture and (options.picture.is_dir() or not options.picture.absolute().parent.is_dir()):
+            raise ValueError(f"--picture {options.picture}: a file in a folder that is there")
         found = plan(model, cluster, batch, options.sequence, kernels=kernels)
     except (ValueError, OSError) as error:
         print(f"python -m minipar plan: {error}", file=sys.stderr)
@@ -99,6 +99,6 @@ def _positive(text: str) -> float:
 
 def _number(kind: type, text: str, what: str) -> Any:
     with suppress(ValueError):
-        if (value := kind(text)) > 0:
+        if 0 < (value := kind(text)) < float("inf"):
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not {what}")

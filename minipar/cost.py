@@ -34,15 +34,17 @@ class Layout:
     recompute: str = "none"
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute={self.recompute!r}: one of {', '.join(RECOMPUTE)}")
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(f"Layout({self.mesh!r}): a Mesh, such as Mesh(dp=8)")
         if self.zero not in range(4):
             raise ValueError(f"zero={self.zero!r}: 0, 1, 2 or 3")
         for name in ("microbatches", "chunks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: at least 1")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number, at least 1")
         if self.chunks > 1 and self.schedule != "interleaved":
             raise ValueError(f"chunks={self.chunks} goes with the schedule interleaved, not with {self.schedule}")
 
@@ -110,6 +112,10 @@ class Kernels:
     fused_attention: bool = True
     dropout: bool = False
     overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reach <= 1:
+            raise ValueError(f"Kernels(reach={self.reach!r}): a share of the data sheet, above 0 and at most 1")
 
 
 TODAY = Kernels()

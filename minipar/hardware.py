@@ -26,6 +26,19 @@ class Device:
     bandwidth: float
     watts: float
 
+    def __post_init__(self) -> None:
+        _check(self, dict.fromkeys(("bf16", "fp32", "memory", "bandwidth"), None) | {"watts": 0.0})
+
+
+def _check(what: Any, least: dict[str, float | None]) -> None:
+    """ValueError for a field that is no number, or too small. least: None where it has to be above 0."""
+    for name, bound in least.items():
+        value = getattr(what, name)
+        fits = isinstance(value, int | float) and (value > 0 if bound is None else value >= bound)
+        if not fits:
+            limit = "above 0" if bound is None else "from 0 on"
+            raise ValueError(f"{type(what).__name__}({name}={value!r}): a number {limit}")
+
 
 @dataclass(frozen=True)
 class Link:
@@ -33,6 +46,9 @@ class Link:
 
     latency: float
     bandwidth: float
+
+    def __post_init__(self) -> None:
+        _check(self, {"latency": 0.0, "bandwidth": None})
 
     def seconds(self, size: float, messages: int = 1) -> float:
         """`size` bytes in all, in so many messages one after the other."""
@@ -64,7 +80,7 @@ class Cluster:
         as NCCL lays them: together at most as much as goes inside.
         """
         step, size = mesh.step(axis), mesh.shape[axis]
-        if step * (size - 1) < self.node:
+        if mesh.size <= self.node or self.node % (step * size) == 0:  # no line of the axis straddles two nodes
             return self.inside
         together = -(-self.node // step)  # of an axis' ranks, in a node
         return Link(self.between.latency, min(self.inside.bandwidth, together * self.between.bandwidth))

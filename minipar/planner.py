@@ -21,6 +21,7 @@ from .transformer import Transformer
 ROWS = (1, 2, 4, 8, 16)  # of a microbatch
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("interleaved", 8), ("zero-bubble-h1", 1))
 SIMULATED = 24  # of the layouts that look best
+LONGEST_SIMULATION = 30_000  # microbatches times stages
 LONGEST_SEQUENCE_PART = 1024  # tokens of a chunk, two of which a context rank has: shorter ones are not worth a ring
 
 
@@ -32,6 +33,11 @@ class Neighbor:
     layout: Layout
     prediction: Prediction | None
     lacks: str
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; infinite if it is not possible or does not fit."""
+        return self.prediction.seconds if self.prediction and self.prediction.fits else float("inf")
 
     def __str__(self) -> str:
         return f"{self.change}: {self.lacks}"
@@ -59,12 +65,17 @@ class Plan:
     @cached_property
     def neighbors(self) -> list[Neighbor]:
         """What differs from the best in one thing, and what it lacks: memory, or time, and where that goes."""
-        around = _neighbors(self.best.layout, self.model)
-        return [self._judge(change, layout) for change, layout in around]
+        found: dict[str, Neighbor] = {}
+        for change, layout in _neighbors(self.best.layout, self.model):
+            neighbor = self._judge(change, layout)
+            if change not in found or neighbor.seconds < found[change].seconds:
+                found[change] = neighbor
+        return list(found.values())
 
     def _judge(self, change: str, layout: Layout) -> Neighbor:
         try:
-            other = predict(self.model, layout, self.cluster, self.batch, self.sequence, self.formats, self.kernels)
+            given = self.formats, self.kernels, _is_short(layout)
+            other = predict(self.model, layout, self.cluster, self.batch, self.sequence, *given)
         except ValueError as problem:
             return Neighbor(change, layout, None, f"not possible: {problem}")
         if not other.fits:
@@ -181,9 +192,17 @@ def plan(
             f"{_gb(nearest[0])} GB ({nearest[1]}), and a device has {_gb(cluster.device.memory)}"
         )
     found.sort(key=lambda p: p.seconds)
-    best = [predict(model, p.layout, cluster, batch, sequence, formats, kernels) for p in found[:SIMULATED]]
+    best = [
+        predict(model, p.layout, cluster, batch, sequence, formats, kernels, exact=_is_short(p.layout))
+        for p in found[:SIMULATED]
+    ]
     best.sort(key=lambda p: p.seconds)
     return Plan(model, cluster, batch, sequence, formats, kernels, best, tried, len(found))
+
+
+def _is_short(layout: Layout) -> bool:
+    """Whether simulating it takes a fraction of a second. Longer pipelines are full nearly all the time anyway."""
+    return layout.mesh.pp * layout.microbatches * layout.chunks <= LONGEST_SIMULATION
 
 
 def _layouts(model: Transformer, cluster: Cluster, batch: int, sequence: int) -> Iterator[list[Layout]]:
@@ -227,10 +246,12 @@ def _neighbors(layout: Layout, model: Transformer) -> Iterator[tuple[str, Layout
             continue
         if shape["dp"] % 2 == 0:
             mesh = Mesh(**shape | {axis: 2 * shape[axis], "dp": shape["dp"] // 2})
-            yield f"{axis}={mesh.shape[axis]}", replace(layout, mesh=mesh, microbatches=2 * m)
-        if shape[axis] % 2 == 0 and m % 2 == 0:
+            for microbatches in (2 * m, m):  # of as many rows as now, or of twice as many
+                yield f"{axis}={mesh.shape[axis]}", replace(layout, mesh=mesh, microbatches=microbatches)
+        if shape[axis] % 2 == 0:
             mesh = Mesh(**shape | {axis: shape[axis] // 2, "dp": 2 * shape["dp"]})
-            yield f"{axis}={mesh.shape[axis]}", replace(layout, mesh=mesh, microbatches=m // 2)
+            for microbatches in (max(m // 2, 1), m):
+                yield f"{axis}={mesh.shape[axis]}", replace(layout, mesh=mesh, microbatches=microbatches)
     for microbatches in [m // 2] * (m % 2 == 0) + [2 * m]:
         yield f"{microbatches} microbatches", replace(layout, microbatches=microbatches)
     for schedule, chunks in SCHEDULES if shape["pp"] > 1 else ():

@@ -227,6 +227,8 @@ def known(model: Any, cluster: Any, sequence: int) -> tuple[Transformer, Cluster
         raise TypeError(f"model={model!r}: a Transformer, or the name of one, such as 'llama-8b'")
     if not isinstance(cluster, Cluster):
         raise TypeError(f"cluster={cluster!r}: a Cluster, such as CLUSTERS['h100'].of(16)")
+    if type(sequence) is not int or sequence < 1:
+        raise ValueError(f"sequence={sequence!r}: a whole number, at least 1")
     if 0 < model.positions < sequence:
         raise ValueError(f"a row of {sequence} tokens is longer than the {model.positions} positions of {model.name}")
     return model, cluster
@@ -257,6 +259,10 @@ def predict(
     mesh = layout.mesh
     if mesh.size != cluster.gpus:
         raise ValueError(f"{mesh} has {mesh.size} ranks, and the cluster {cluster.gpus} devices")
+    if type(batch) is not int or batch < 1:
+        raise ValueError(f"batch={batch!r}: a whole number, at least 1")
+    if mesh.ep > 1 and (not model.experts or model.experts % mesh.ep):
+        raise ValueError(f"ep={mesh.ep} does not divide the {model.experts} experts of {model.name}")
     if model.heads % mesh.tp or (model.kv_heads % mesh.tp and mesh.tp % model.kv_heads):
         raise ValueError(f"tp={mesh.tp} does not divide the {model.heads} heads of {model.name}")
     rows, m = layout.rows(batch), layout.microbatches

@@ -124,6 +124,9 @@ def simulate(
 
     Raises Deadlock, which names who waits for whom.
     """
+    if callable(schedule) or not isinstance(costs, Costs | None):
+        what = "a schedule and its costs, such as one_f_one_b(4, 8) and Costs(1, 1, 1)"
+        raise TypeError(f"simulate({schedule!r:.40}, {costs!r:.40}): it takes {what}")
     if sends not in ("buffered", "rendezvous"):
         raise ValueError(f'sends={sends!r}: "buffered" or "rendezvous"')
     if cores is not None and not cores > 0:

@@ -57,6 +57,9 @@ class Transformer:
             ("mlp", 4 * self.hidden),
         ):
             object.__setattr__(self, field, getattr(self, field) or value)
+        for field in ("kv_heads", "head_dim", "mlp", "top"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise ValueError(f"Transformer({field}={getattr(self, field)!r}): a whole number, at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
         if self.experts and not 1 <= self.top <= self.experts:

@@ -207,7 +207,7 @@ def test_models_and_clusters_come_from_files(capsys, tmp_path):
         ("--model llama-70b --gpus 2", "does not fit on 2 H100"),
         ("--model missing.json --gpus 2", "missing.json"),
         ("--model llama-8b --gpus 0", "'0' is not a whole number, at least 1"),
-        ("--model llama-8b --gpus 8 --picture /nowhere/x.png", "there is no such folder"),
+        ("--model llama-8b --gpus 8 --picture /nowhere/x.png", "a file in a folder that is there"),
     ],
 )
 def test_bad_input_is_one_line_and_ends_with_2(capsys, arguments, says):
@@ -234,3 +234,20 @@ def test_the_estimate_with_old_kernels_is_slower():
 
     old, new = (predict(model, layout, cluster, 256, 2048, kernels=k) for k in (MEGATRON_2021, TODAY))
     assert old.seconds > 1.1 * new.seconds and old.peak_memory > new.peak_memory
+
+
+def test_neighbors_are_judged_by_the_same_numbers_as_the_best():
+    found = plan("llama-8b", CLUSTERS["a100"].of(32), 128, 4096, kernels=replace(TODAY, reach=0.6))
+    for neighbor in found.neighbors:
+        if neighbor.prediction:
+            again = predict(found.model, neighbor.layout, found.cluster, 128, 4096, kernels=found.kernels)
+            assert neighbor.prediction.seconds == pytest.approx(again.seconds)
+    best_of_table = {p.layout: p.seconds for p in found.ranked}
+    for neighbor in found.neighbors:
+        assert neighbor.seconds == pytest.approx(best_of_table.get(neighbor.layout, neighbor.seconds))
+
+
+def test_millions_of_microbatches_are_not_simulated_one_by_one():
+    start = time.process_time()
+    found = plan("gpt2", H100.of(8), 2**20, 128)
+    assert time.process_time() - start < 10 and found.ranked

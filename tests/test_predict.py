@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 
-from minipar import Mesh
+from minipar import Mesh, one_f_one_b, simulate
 from minipar.cost import MIXED, TODAY, Kernels, Layout, step_flops, traffic
 from minipar.hardware import CLUSTERS, DEVICES, Cluster, Link, load_cluster
 from minipar.prediction import block_kernels, predict
@@ -138,7 +138,7 @@ def test_bad_layouts_say_so():
         ({"recompute": "some"}, "recompute='some': one of none, selective, full"),
         ({"zero": 4}, "zero=4: 0, 1, 2 or 3"),
         ({"chunks": 2}, "chunks=2 goes with the schedule interleaved"),
-        ({"microbatches": 0}, "microbatches=0: at least 1"),
+        ({"microbatches": 0}, "microbatches=0: a whole number, at least 1"),
     ):
         with pytest.raises(ValueError, match=says):
             Layout(Mesh(), **options)
@@ -194,3 +194,33 @@ def test_all_models_run_on_all_clusters():
             got = predict(model, Layout(Mesh(dp=8), zero=3, recompute="full"), CLUSTERS[name], 8, 1024)
             assert 0 < got.mfu < 0.8 and got.hfu >= got.mfu
             assert str(got).startswith(model.name)
+
+
+def test_an_axis_that_straddles_nodes_is_not_inside_of_one():
+    """tp=6 on nodes of 8: ranks 6 to 11 are in two of them."""
+    three = CLUSTERS["h100"].of(24)
+    assert three.link(Mesh(dp=4, tp=6), "tp") != three.inside
+    assert three.link(Mesh(dp=3, tp=8), "tp") == three.inside
+    assert CLUSTERS["h100"].of(6).link(Mesh(tp=6), "tp") == three.inside
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Link(0.0, 0.0), r"Link\(bandwidth=0.0\): a number above 0"),
+        (lambda: Link(0.0, "1e9"), r"Link\(bandwidth='1e9'\)"),
+        (lambda: replace(DEVICES["H100"], bf16=-1.0), r"Device\(bf16=-1.0\)"),
+        (lambda: Kernels(reach=80), r"reach=80\): a share of the data sheet"),
+        (lambda: Layout(Mesh(), microbatches=2.5), "microbatches=2.5: a whole number"),
+        (lambda: Layout(8), r"Layout\(8\): a Mesh"),
+        (lambda: Transformer("x", 2, 64, 8, 10, kv_heads=-2), r"Transformer\(kv_heads=-2\)"),
+        (lambda: predict(MODEL, Layout(Mesh()), cluster(1), -8, 4096), "batch=-8: a whole number"),
+        (lambda: predict(MODEL, Layout(Mesh()), cluster(1), 8, 1.5), "sequence=1.5: a whole number"),
+        (lambda: predict(MODEL, Layout(Mesh(ep=2)), cluster(2), 8, 1024), "ep=2 does not divide the 0 experts"),
+        (lambda: simulate(one_f_one_b), "it takes a schedule and its costs"),
+        (lambda: simulate(one_f_one_b(2, 2), 1.0), "it takes a schedule and its costs"),
+    ],
+)
+def test_nonsense_is_refused_by_name(make, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        make()

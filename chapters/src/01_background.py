@@ -589,9 +589,9 @@ assert [round(sum(found.values()) / 1e9, 1) for found in shared] == [50.7, 13.0,
 assert layout.size == 16384
 
 # %% [markdown] lang="en"
-# They fit. What is left of the 80 GB goes to the activations. Stage 3 needs almost nothing, so why not always take it?
-# Because each step then sends far more. Memory, bytes and idle time can be traded for each other, and choosing well is
-# the subject of chapters 3g and 4c, which are still to be written.
+# The states alone fit. What is left of the 80 GB goes to the activations. Stage 3 needs almost nothing, so why not
+# always take it? Because each step then sends far more. Memory, bytes and idle time can be traded for each other. What
+# a choice costs is the subject of chapter 4b.
 #
 # ## 7. From 2017 to today
 #
@@ -630,11 +630,11 @@ for name, (year, month, size, _, offset) in published.items():
 # of DeepSeek-V3, what works on a token
 panel.plot(2024.96, 37e9, "s", ms=8, mfc="white", color=viz.PALETTE[6])
 where = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
-panel.annotate("37 billion of them\nwork on a token", (2024.96, 37e9), (-9, -20), **where)
+panel.annotate("37 billion of DeepSeek-V3's\nwork on a token", (2024.96, 37e9), (-9, -20), **where)
 panel.axhline(fit, color=viz.INK, ls="--", lw=1)
 panel.text(2025.3, fit / 1.7, "below: the states fit one device of 80 GB", fontsize=9, ha="right")
 panel.set(xlim=(2017, 2025.4), ylim=(5e7, 2e12), ylabel="parameters", xlabel="year of the paper")
-drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, title="What was cut")
+legend = drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, title="What was cut")
 
 # %%
 alt = (
@@ -745,21 +745,20 @@ print("claims without your verdict:", *(missing or ["none"]))
 #
 # The document's own plan is its section 1.4: theory, algorithms, mathematics, practice, applications, tools, outlook.
 # The course has a chapter for each of these, with the document's number. The upper line of the picture is the **core
-# path**. It leads from here to choosing a layout for a cluster. What hangs below can be read after the chapter that it
-# hangs on, now, later, or never.
+# path**. It leads from here to what a layout costs on a cluster. What hangs below can be read after the chapter that it
+# hangs on, now, later, or never. Chapters that are still to be written are in the table below, and not in the picture.
 
 # %%
 core = [  # chapter, what it is about, hours
     ("01", "background", 0.75), ("02a", "language\nmodels", 2), ("02b", "ranks and\ncollectives", 2),
     ("03a", "data\nparallel", 3), ("03b", "tensor\nparallel", 3), ("03c", "pipeline\nparallel", 2.5),
-    ("03g", "hybrid", 2), ("04c", "which\nlayout?", 2),
+    ("04b", "cost\nmodels", 2.5),
 ]  # fmt: skip
 optional = {  # the chapter it hangs on
     "03a": [("03e", "long\ncontext", 2), ("03f", "experts", 2)],
-    "03c": [("03d", "schedules", 2), ("03h", "memory,\nrecovery", 3), ("04a", "the math", 2)],
-    "03g": [("04b", "cost\nmodels", 2.5), ("03i", "claims", 1.5)],
+    "03c": [("03h", "memory,\nrecovery", 3), ("04a", "the math", 2)],
 }
-assert sum(hours for *_, hours in core) == 17.25
+assert sum(hours for *_, hours in core) == 15.75
 
 
 # %%
@@ -769,14 +768,14 @@ def draw_chapter(x, y, name, about, hours, color):
     panel.text(x, y, f"{star}{name}\n{about}\n{hours:g} h", ha="center", va="center", fontsize=8, zorder=3)
 
 
-drawing, (panel,) = viz.figure(8.0, 4.0)
+drawing, (panel,) = viz.figure(8.0, 3.2)
 for x, (name, about, hours) in enumerate(core):
     draw_chapter(x, 0, name, about, hours, "#A9D6F2")
     for depth, chapter in enumerate(optional.get(name, []), start=1):
         panel.plot([x, x], [0, depth], color=viz.LINE, zorder=1)
         draw_chapter(x, depth, *chapter, viz.PALE)
 panel.plot([0, len(core) - 1], [0, 0], color=viz.INK, zorder=1)
-panel.set(xlim=(-0.5, len(core) - 0.5), ylim=(3.45, -0.45))
+panel.set(xlim=(-0.5, len(core) - 0.5), ylim=(2.45, -0.45))
 panel.axis("off")
 alt = "A map. The core path, from left to right: " + ", ".join(f"{name} ({hours:g} hours)" for name, _, hours in core)
 hanging = "; ".join(f"below {name}: " + ", ".join(c[0] for c in some) for name, some in optional.items())
@@ -805,7 +804,7 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # | [03h](03h_memory_and_recovery.ipynb) memory and recovery | save memory; lose a rank, and go on |
 # | 03i claims (to come) | the document's sentences, each with a verdict |
 # | [04a](04a_math.ipynb) the math | why a model that is cut learns the same, by hand and by algebra |
-# | [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
+# | ★ [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
 # | ★ 04c questions (to come) | which model, and which layout for which machines? |
 #
 # Chapters 5 to 8 belong to the document's last four sections: practice with a real pretrained model, applications,

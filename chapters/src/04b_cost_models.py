@@ -11,9 +11,11 @@
 # - compute the idle time of any pipeline schedule to four decimals;
 # - predict a step on a cluster that you do not have, and say how far such a prediction can be trusted.
 #
-# **Time:** about two hours and a half. **You need:** [Language models](02a_language_models.ipynb),
-# [Ranks and collectives](02b_ranks_and_collectives.ipynb) and [Pipeline parallelism](03c_pipeline_parallel.ipynb). The
-# chapter belongs to section 4.2 (formulas) of the document that this course follows and tests,
+# **Time:** about two hours and a half. **You need:** [Language models](02a_language_models.ipynb), [Ranks and
+# collectives](02b_ranks_and_collectives.ipynb), [data](03a_data_parallel.ipynb) (with ZeRO),
+# [tensor](03b_tensor_parallel.ipynb) and [pipeline parallelism](03c_pipeline_parallel.ipynb). Words from later
+# chapters, such as recompute or context ranks, are explained in a sentence; the [glossary](../docs/glossary.md) has
+# them all. The chapter belongs to section 4.2 (formulas) of the document that this course follows and tests,
 # 《大规模语言模型从理论到实践 混合并行》. The document derives a loss and an update rule there: see
 # [The mathematics](04a_math.ipynb). What they cost it leaves open, and that decides what can be trained at all.
 #
@@ -45,9 +47,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import minipar
 from minipar import CLUSTERS, Config, Costs, Layout, Mesh, World, bubble, cost, find_model, ledger, parallelize
 
-from minipar import corpus, prediction, published, viz, widgets  # isort: skip
+from minipar import corpus, published, viz, widgets  # isort: skip
 from minipar.collectives import all_reduce, everyone
 from minipar.planner import bill
+from minipar.prediction import Kernel, block_kernels
 from minipar.schedule import one_f_one_b, zero_bubble_h1, zero_bubble_h2
 from minipar.timeline import simulate
 from minipar.transformer import from_config
@@ -78,7 +81,7 @@ assert small.parameters == sum(p.numel() for p in minipar.gpt(config).parameters
 # and $4h \times h$. How many weights is that in all? What is it for `megatron-175b`, times its 96 layers, in billions?
 
 # %%
-prediction_ = None  # (weights of a block in units of h², billions)
+prediction = None  # (weights of a block in units of h², billions)
 
 # %%
 gpt3 = find_model("megatron-175b")
@@ -87,7 +90,7 @@ assert in_matrices == 12 * gpt3.layers * gpt3.hidden**2
 print(f"12 l h² = {in_matrices / 1e9:.1f} billion of {gpt3.parameters / 1e9:.1f} billion parameters")
 
 # %% [markdown] lang="en"
-# So $P \approx 12\,l\,h^2$. The rest, half a percent, are the embedding, biases and norms.
+# 12 $h^2$, and 173.9 billion. So $P \approx 12\,l\,h^2$. The rest, half a percent, are the embedding, biases and norms.
 #
 # Now the **FLOPs**: additions and multiplications. A product of a token's $h$ numbers with an $h \times k$ matrix takes
 # $2hk$ of them, a multiplication and an addition for each weight. So forward takes **two FLOPs for each weight and
@@ -101,7 +104,7 @@ print(f"12 l h² = {in_matrices / 1e9:.1f} billion of {gpt3.parameters / 1e9:.1f
 # `llama-405b` with rows of 8,192?
 
 # %%
-prediction_ = None  # (small GPT, llama-405b)
+prediction = None  # (small GPT, llama-405b)
 
 # %%
 for model, sequence in [(small, config.context), (find_model("llama-405b"), 8192), (find_model("llama-405b"), 131072)]:
@@ -111,8 +114,9 @@ for model, sequence in [(small, config.context), (find_model("llama-405b"), 8192
     print(f"{model.name}, {sequence:,} tokens: {shares}; 6 x parameters are {six:.0%} of the FLOPs")
 
 # %% [markdown] lang="en"
-# The rule of thumb, $6P$ a token, is good where rows are short and the model is large. With 131,072 tokens it leaves
-# out more than half.
+# 13 and 8 percent. All pairs of tokens are counted here, also those that a causal mask hides; without these,
+# attention's share would be about half. The rule of thumb, $6P$ a token, is good where rows are short and the model is
+# large. With 131,072 tokens it leaves out more than half.
 #
 # Is the count right? PyTorch can count, too: `FlopCounterMode` watches every operator. (It does not know the CPU's
 # fused attention, so we ask for the plain one.)
@@ -153,7 +157,7 @@ viz.show_source(cost.forward_flops, cost.step_flops)
 # **Question.** 44 to 52 percent with full recompute: about how much MFU is that?
 
 # %%
-prediction_ = None  # (from, to)
+prediction = None  # (from, to)
 
 # %%
 for run in published.RUNS[:5]:
@@ -179,8 +183,12 @@ for size, tokens_, gpus, tflops, printed in [(175e9, 300e9, 1024, 140, 34), (1e1
 # %% [markdown] lang="en"
 # ### A formula to argue with
 #
-# Korthikanti et al. recompute only attention's two products. They print iteration times, MFU and HFU. With their
-# formulas the columns come out:
+# Korthikanti et al. recompute only attention's two products. For a GPT the model's FLOPs of a step are, with $B$ rows,
+#
+# $$72\,B\,l\,s\,h^2 \left(1 + \frac{s}{6h} + \frac{V}{12\,l\,h}\right)$$
+#
+# where $s/(6h)$ stands for attention: three times the forward's two products. For the hardware's they write $s/(3h)$ in
+# its place. Their printed columns come out (the last number is ours, see below):
 
 # %%
 shapes = {"22B": (48, 6144, 8, 4, 1.10, 41.5, 43.7), "530B": (105, 20480, 280, 280, 37.83, 56.0, 57.0)}
@@ -190,12 +198,14 @@ for name, (layers, hidden, gpus, batch, seconds, mfu, hfu) in shapes.items():
     model = minipar.Transformer(name, layers, hidden, 64, 51200, positions=2048, tied=True)
     theirs = published.korthikanti_model_flops(*shape) / peak, published.korthikanti_hardware_flops(*shape) / peak
     ours = cost.step_flops(model, batch, 2048, "selective") / peak
-    print(f"{name:>4}: MFU {theirs[0]:.1f} ({mfu} printed), HFU {theirs[1]:.1f} ({hfu} printed), derived {ours:.1f}")
+    print(
+        f"{name:>4}: MFU {theirs[0]:.1f} ({mfu} printed), HFU {theirs[1]:.1f} ({hfu} printed), HFU derived {ours:.1f}"
+    )
     assert abs(theirs[0] - mfu) < 0.5 and abs(theirs[1] - hfu) < 0.5
 
 # %% [markdown] lang="en"
-# Their term for attention in HFU is $s/(3h)$: six times the forward's two products. Forward, two in backward, and one
-# recomputed make four, which is $2s/(9h)$. The difference is 1.5 points for 22B, and half a point for 530B. Both
+# $s/(3h)$ is six times the forward's two products. We count four: one forward, two in backward, one recomputed. That is
+# $2s/(9h)$, and makes HFU 1.4 points less for 22B, and 0.6 for 530B. Both
 # numbers are in print, and neither is wrong as a definition. But two papers can be compared only after one has asked
 # which FLOPs were counted.
 #
@@ -206,14 +216,14 @@ for name, (layers, hidden, gpus, batch, seconds, mfu, hfu) in shapes.items():
 #
 # ### States
 #
-# 16 bytes a parameter, whatever the mixture. Divided by tensor and pipeline ranks, and, with ZeRO, partly by the data
-# ranks.
+# 16 bytes a parameter, in mixed precision and in pure float32 alike. Tensor and pipeline ranks share the parameters,
+# and with ZeRO the data ranks share a part of these bytes.
 #
 # **Question.** `llama-405b` on 16,384 GPUs with tp=8, pp=16 and dp=128. How many gigabytes of states has a rank without
 # ZeRO, and how many if the optimizer's part is shared out (stage 1)? A GPU has 80.
 
 # %%
-prediction_ = None  # (GB without, GB with)
+prediction = None  # (GB without, GB with)
 
 # %%
 llama = find_model("llama-405b")
@@ -221,9 +231,13 @@ for zero in (0, 1, 3):
     layout = Layout(Mesh(dp=128, pp=16, tp=8), 16, zero=zero, sequence_parallel=True)
     parts = max(cost.stage_memory(llama, layout, 2048, 8192), key=lambda memory: sum(memory.values()))
     told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size > 5e7)
-    print(f"zero={zero}: {sum(parts.values()) / 1e9:6.1f} GB: {told}")
+    held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    print(f"zero={zero}: states {held / 1e9:4.1f} GB, in all {sum(parts.values()) / 1e9:5.1f}: {told}")
 
 # %% [markdown] lang="en"
+# 51 and 13 GB of states, on the fullest rank, which is the first: it has the embedding, too. Together with activations
+# only ZeRO makes it fit. ("gathered" are weights that stage 3 has whole for a while.)
+#
 # ### Activations
 #
 # Backward needs what forward computed. For a block with attention that is not fused, in 16 bits, with dropout,
@@ -255,8 +269,8 @@ assert found == formula + statistics
 # How many microbatches are in memory at a time is up to the schedule: all of them for GPipe, at most $p - r$ on stage
 # $r$ for 1F1B. Nothing needs a formula here: `in_flight` counts along the schedule itself.
 #
-# Try the memory calculator. Where does full recompute begin to pay? What does sharing the optimizer's states do when dp
-# is small?
+# Try the memory calculator, for a model of 70 billion parameters. Which settings fit on devices of 80 GB? What does
+# full recompute (keep only a block's input, make the rest again in backward) save, and what can it not save?
 
 # %%
 widgets.memory_explorer(model=["llama-70b"])
@@ -300,7 +314,8 @@ for layout, seen in zip(layouts, booked, strict=True):
     assert all(abs(seen[axis] - computed[axis]) < 4096 + 0.002 * computed[axis] for axis in seen)
 
 # %% [markdown] lang="en"
-# What is left is 48 bytes or so, the sums of loss and count, and the padding of ZeRO's shares.
+# What is left, at most 24 bytes, are the sums of loss and count. (`Formats(8, 8, 16, 8)` are the bytes of a number in
+# float64: of weights, gradients, the optimizer's states, activations.)
 #
 # Which axis of a large run sends most? `llama-405b`, a rank in the middle of the pipe, 16 microbatches:
 
@@ -324,7 +339,7 @@ assert middle["tp"] > 10 * middle["dp"] > 10 * middle["pp"] / 2
 # **Predict:** up to what size is an all-reduce on your machine as expensive as an empty one, within a factor of two?
 
 # %%
-prediction_ = None  # bytes
+prediction = None  # bytes
 
 
 def timed(sizes, calls=15):
@@ -351,13 +366,14 @@ with World(2) as two:
 # %%
 alpha = sum(seconds[:3]) / 3
 beta = (seconds[-1] - alpha) / sizes[-1]
+print(f"alpha {1e6 * alpha:.0f} µs, 1/beta {1 / beta / 1e9:.2f} GB/s, both cost the same at {alpha / beta:,.0f} bytes")
 drawing, (panel,) = viz.figure(7.0, 3.2)
 panel.loglog(sizes, [1e3 * s for s in seconds], "o", color=viz.PALETTE[5], label="measured on your machine")
 panel.loglog(sizes, [1e3 * (alpha + n * beta) for n in sizes], "-", color=viz.PALETTE[6], label="alpha + n beta")
 panel.axvline(alpha / beta, color=viz.LINE, lw=0.8, ls=":")
 panel.set(xlabel="bytes", ylabel="ms", title="an all-reduce on two ranks")
 panel.legend(frameon=False)
-alt = "All-reduce time over size, both in logarithms: flat for small sizes, then a straight line; the model lies on it."
+alt = "All-reduce time over size, both in logarithms: about flat for small sizes, then rising with the size."
 viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
@@ -377,22 +393,23 @@ assert h100.link(mesh, "tp") == h100.inside and h100.link(mesh, "dp") == h100.be
 # %% [markdown] lang="en"
 # ## 5. Seconds on a device: the roofline
 #
-# A kernel reads its inputs, computes, and writes its outputs. It takes as long as its FLOPs at the device's speed, or
-# its bytes at the memory's, whichever is longer (Williams et al. 2009). An H100 does 989 TFLOP/s and moves 3.35 TB/s: a
-# kernel with less than 295 FLOPs a byte waits for memory. Large matrix products have thousands. Norms, activation
-# functions and residuals have almost none.
+# A **kernel** is one function that runs on the device, a matrix product for instance. It reads its inputs, computes,
+# and writes its outputs. It takes as long as its FLOPs at the device's speed, or its bytes at the memory's, whichever
+# is longer (Williams et al. 2009). An H100 does 989 TFLOP/s and moves 3.35 TB/s: a kernel with less than 295 FLOPs a
+# byte waits for memory. Large matrix products have thousands. Norms, activation functions and residuals have almost
+# none.
 #
 # **Question.** In 2021 attention was not fused: its scores were written to memory, read for the softmax, written
 # again, and so on. What share of a block's forward did an A100 spend outside of matrix products, for the 1.7B model?
 
 # %%
-prediction_ = None  # a share
+prediction = None  # a share
 
 
 def split(model, cluster, kernels, rows, sequence):
     """Seconds of a block's forward: in products with weights, in attention, in all else."""
     parts = dict.fromkeys(("weights", "attention", "other kernels"), 0.0)
-    for kernel in prediction.block_kernels(model, Layout(Mesh()), rows, sequence, kernels):
+    for kernel in block_kernels(model, Layout(Mesh()), rows, sequence, kernels):
         name = "other kernels" if not kernel.flops else "weights" if kernel.again[1] else "attention"
         parts[name] += kernel.seconds(cluster, kernels)
     return parts
@@ -405,7 +422,8 @@ parts = {part: [1e3 * bar[part] for bar in bars.values()] for part in next(iter(
 viz.show(viz.draw_bars(list(bars), parts, "ms", "one block of the 1.7B model forward, 16 rows, A100, computed"))
 
 # %% [markdown] lang="en"
-# That is what fused attention changed (Dao et al. 2022): not the FLOPs, but the bytes.
+# 31 percent, and attention's own products, thin as they are, wait for memory as well. That is what fused attention
+# changed (Dao et al. 2022): not the FLOPs, but the bytes.
 #
 # One number in these seconds is an assumption. No kernel reaches the data sheet. The best matrix products that people
 # have measured reach 0.87 of it on an A100, 0.80 on an H100 and 0.78 on a B200
@@ -443,7 +461,8 @@ for p, m, f, i, w, c, *printed in TABLE:
 # All 18 agree. The closed form for the first row, $7/31 = 0.2258$, is off by 1.7 points: what it leaves out is the
 # communication, crossed back and forth.
 #
-# Try it: which costs must be equal for ZB-H2 to have no bubble at all? What does it pay in memory?
+# Try it, with all three costs equal and messages free: which schedule has the smallest bubble, and what does it pay in
+# memory? ("Interleaved" gives each rank several smaller stages, its *chunks*; ZB splits the backward in two.)
 
 # %%
 widgets.schedule_explorer(ranks=[4], microbatches=[8, 4])
@@ -464,18 +483,20 @@ predicted = megatron.flops_per_device(recompute=True)
 print(f"TFLOP/s with recompute: {run.flops / 1e12:.0f} printed, {predicted / 1e12:.0f} predicted")
 
 # %% [markdown] lang="en"
+# This run was at 36 percent MFU in section 1. The prediction says 42: it is too fast by 18 percent.
+#
 # **Question.** For eight published runs, between 32 and 16,384 GPUs, will the prediction be too fast or too slow? By
 # how much? Write down what you think that it leaves out.
 
 # %%
-prediction_ = None  # (fast or slow, percent)
+prediction = None  # (fast or slow, percent)
 
 
-def priced(run, reach):
-    """FLOP/s of a device as predicted, by the convention of the paper."""
+def priced(run, reach, causal=True):
+    """FLOP/s of a device as predicted, by the convention of the paper. reach: of the data sheet's numbers."""
     kernels, cluster = replace(run.kernels, reach=reach), CLUSTERS[run.cluster].of(run.gpus)
     got = minipar.predict(find_model(run.model), run.layout, cluster, run.batch, run.sequence, kernels=kernels)
-    return got.flops_per_device(run.recomputed, causal=not run.recomputed)
+    return got.flops_per_device(run.recomputed, causal=causal and not run.recomputed)
 
 
 names = [f"{run.model.split('-')[1]}\n{run.gpus:,}\n{run.sequence // 1024}k" for run in published.RUNS]
@@ -484,6 +505,8 @@ errors = [ours / (run.flops / 1e12) - 1 for ours, run in zip(middle, published.R
 for run, ours, error in zip(published.RUNS, middle, errors, strict=True):
     size = f"{run.model:14} {run.gpus:6,} GPUs, {run.sequence:7,} tokens a row"
     print(f"{size}: {ours:4.0f} TFLOP/s predicted, {run.flops / 1e12:4.0f} published ({error:+.0%})")
+    if not run.recomputed:
+        print(f"{'':46} {priced(run, 0.8, causal=False) / 1e12:4.0f} with all of attention's FLOPs counted")
 print(f"median {sorted(errors)[len(errors) // 2]:+.0%}")
 
 # %%
@@ -512,20 +535,20 @@ viz.show(drawing, f"Predicted and published speed of eight runs in TFLOP/s a dev
 # - **Long rows.** Llama's context ranks gather keys and values before they compute; ours go around a ring behind the
 #   computation. That run, with 131,072 tokens, is the farthest off.
 # - **Which FLOPs.** Counted in full, attention's products would make the Llama run with 131,072 tokens 81 percent too
-#   fast, and the two with 8,192 only 21 and 26. Counted without what the causal mask hides, all three agree within 13
+#   fast, and the two with 8,192 only 26 and 21. Counted without what the causal mask hides, all three agree within 13
 #   points. The paper does not say which it counts; this says it was most likely the latter.
 #
 # And on your own machine? There the numbers need no data sheet. `minipar.calibrate` measures pieces of a step for a
 # minute, and predicts whole steps of other layouts. On two cores, 26 layouts on 2 to 8 ranks were predicted with a
 # median error of 7 percent: [the table](../benchmarks/README.md#predicted-step-times).
 #
-# So: trust such a prediction to rank layouts, and to about a quarter in time. The next section lets a planner do the
+# So: trust such a prediction to rank layouts, and to about 30 percent in time. The next section lets a planner do the
 # ranking.
 #
 # The whole of it is short enough to read:
 
 # %%
-viz.show_source(prediction.block_kernels, prediction.Kernel)
+viz.show_source(block_kernels, Kernel)
 
 # %% [markdown] lang="en"
 # ## 8. Argue with the authors
@@ -537,7 +560,7 @@ viz.show_source(prediction.block_kernels, prediction.Kernel)
 # change?
 
 # %%
-prediction_ = None  # what, and why
+prediction = None  # what, and why
 
 # %%
 run = published.RUNS[6]
@@ -550,9 +573,10 @@ print(f"in its pipeline {theirs.parts['pipeline']:.2f} s, and {found.best.parts[
 assert run.layout not in [p.layout for p in found.ranked[:10]]
 
 # %% [markdown] lang="en"
-# Theirs is not among the first ten, and the numbers say why. With 16 rows for 16 stages, the pipe is filling or
-# draining for a good part of the step. The planner gives four ranks to the context axis. They share a row, so there are
-# fewer data ranks with more rows each: 64 microbatches in place of 16, and the pipe is full most of the time.
+# Theirs is not among the first ten (the cell asserts it), and the numbers say why. With 16 rows for 16 stages, the pipe
+# is filling or draining for a good part of the step. The planner gives four ranks to the context axis. They share a
+# row, so there are fewer data ranks with more rows each: 64 microbatches in place of 16, and the pipe is full most of
+# the time.
 #
 # Are the authors wrong? The planner believes that the context axis costs nothing, since its messages hide behind
 # attention; that thinner products are as fast as thick ones; and it knows nothing of failures, of code that has to be
@@ -563,7 +587,7 @@ assert run.layout not in [p.layout for p in found.ranked[:10]]
 print(found.why())
 
 # %% [markdown] lang="en"
-# The cost of the run, at a stated price and for the devices' own power:
+# The cost of the run, at 2.0 for a GPU-hour and for the devices' own power:
 
 # %%
 
