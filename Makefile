@@ -30,6 +30,8 @@ $(READY): requirements.lock pyproject.toml
 	      "$$(grep '^torch==' requirements.lock)"; fi
 	@$(BIN)/python -m pip install -q --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation --editable .
+	@# Where Python may not write bytecode when it imports, each process would compile torch anew: do it once, here.
+	@if [ -n "$$PYTHONDONTWRITEBYTECODE" ]; then $(BIN)/python -m compileall -q -j 0 .venv >/dev/null 2>&1 || true; fi
 	@# A reader need not be asked for news of Jupyter's, nor a server for updates.
 	@$(BIN)/python -m jupyter labextension disable --level=sys_prefix \
 	  @jupyterlab/apputils-extension:announcements 2>/dev/null
