@@ -268,9 +268,8 @@ def predict(
     rows, m = layout.rows(batch), layout.microbatches
     block = block_seconds(model, layout, rows, sequence, cluster, kernels)
     owned = shares(model, layout)
-    tops = {stage for share in owned if share.last for stage in share.stages if stage == max(share.stages)}
-    (last,) = tops
     blocks = {stage: count for share in owned for stage, count in share.stages.items()}
+    last = max(blocks)
     head = product(rows * sequence / mesh.cp, model.hidden, model.vocabulary / mesh.tp)
     loss = pointwise(rows * sequence / mesh.cp, model.vocabulary / mesh.tp, 2, size=4)
     top, soft = head.seconds(cluster, kernels), loss.seconds(cluster, kernels)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from .cost import MEGATRON_2021, TODAY, Kernels, Layout
 from .mesh import Mesh
-from .transformer import find_model
 
 # -- formulas as printed -------------------------------------------------------------------------------------
 
@@ -101,5 +100,3 @@ RUNS = [
     _llama(16384, 1, 128, 8192, 400),
     _llama(16384, 16, 8, 131072, 380),
 ]
-for _run in RUNS:
-    find_model(_run.model)  # each is in the catalogue
