@@ -268,7 +268,7 @@ left.plot(list(work), [s / work[1] for s in work.values()], "^-", color=viz.PALE
 left.plot(list(clock), [1 / n for n in clock], ":", color=viz.INK, label="1 / ranks")
 left.set(ylim=(0, None), ylabel="one rank's processor time = 1", xlabel="ranks")
 left.set_title(f"A step on this machine ({rank.cores()} cores)")
-left.legend(frameon=False, fontsize=9)
+left.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.36))
 for n, sizes in sent_here.items():  # six points each
     right.plot([n] * len(sizes), [size / 1e6 for size in sizes], "s", color=viz.PALETTE[2])
 right.set(ylim=(0, None), ylabel="million bytes", title="Sent by a rank in a step")
