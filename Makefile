@@ -57,7 +57,7 @@ bench: $(READY)  ## measure minipar beside torch's own and write benchmarks/resu
 	$(BIN)/python benchmarks/run.py
 
 lock:  ## bring requirements.lock in line with pyproject.toml (needs uv; FLAGS=--upgrade takes newer versions)
-	uv pip compile -q --universal --python-version 3.11 --extra course --extra dev --no-annotate --no-header \
+	uv pip compile -q --universal --python-version 3.11 --extra course --extra weights --extra dev --no-annotate --no-header \
 	  $(FLAGS) -o requirements.lock pyproject.toml
 	@# torch asks for its own CUDA packages where it needs them; pinned here they would burden every Linux.
 	grep -Ev '^(nvidia-|cuda-|triton)' requirements.lock > .venv/lock && mv .venv/lock requirements.lock
