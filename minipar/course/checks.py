@@ -3,6 +3,8 @@
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +58,31 @@ def returned(answer: Any, name: str) -> Any:
     """What the function of this name has returned. AssertionError if that is nothing."""
     assert answer is not None, f"{name} returns nothing: is there a `return`?"
     return answer
+
+
+def names_in(answer: Any) -> set[str]:
+    """The names of variables, attributes and modules that a function uses: in functions within it, in its defaults, and
+    in those functions of its notebook that it calls, too."""
+    found, seen, left = set[str](), set[int](), [answer]
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, CodeType):
+            found |= {*part.co_names}
+            left += part.co_consts
+        elif isinstance(part, FunctionType):
+            space = part.__globals__
+            called = [space.get(name) for name in names_in(part.__code__)]
+            left += [f for f in called if isinstance(f, FunctionType) and f.__globals__ is space]
+            left += [part.__code__, *(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+            left += [cell.cell_contents for cell in part.__closure__ or ()]
+            if part.__module__.startswith("minipar."):
+                found.add(part.__name__)
+        elif isinstance(part, partial):
+            left += [part.func, *part.args, *part.keywords.values()]
+    return found
 
 
 def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient") -> str:

@@ -5,7 +5,7 @@ import dis
 import linecache
 import sys
 from collections.abc import Callable, Collection
-from types import CodeType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 Parts = dict[str, Any]
@@ -153,7 +153,9 @@ def _everywhere(function: Callable[[], Any]) -> list[Any]:
 
 
 def _parts(owner: Any) -> Parts:
-    """The functions of a module, class or object, and its constants."""
+    """The functions of a module, class or object, and its constants. Of a function: what it does."""
+    if isinstance(owner, FunctionType):
+        return {part: getattr(owner, part) for part in ("__code__", "__defaults__", "__kwdefaults__")}
     return {
         name: value
         for name, value in vars(owner).items()
@@ -172,8 +174,10 @@ def _record() -> None:
     if not _whole:
         modules = {name: m for name, m in sys.modules.items() if name in LIBRARIES or name.startswith(PACKAGES)}
         for name, module in modules.items():
-            classes = {k: c for k, c in vars(module).items() if issubclass(type(c), type) and c.__module__ == name}
-            _whole.update(_noted({name: module, **{f"{name}.{k}": c for k, c in classes.items()}}))
+            owners = {
+                k: v for k, v in vars(module).items() if isinstance(v, type | FunctionType) and v.__module__ == name
+            }
+            _whole.update(_noted({name: module, **{f"{name}.{k}": owner for k, owner in owners.items()}}))
 
 
 def _mend() -> str:

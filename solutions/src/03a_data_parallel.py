@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from minipar import Axis, Config, Mesh, World, connect, corpus, gpt, ledger
 from minipar.collectives import all_gather, all_reduce, reduce_scatter, start_all_reduce, start_reduce_scatter
-from minipar.course.checks import difference, returned, verdict
+from minipar.course.checks import difference, names_in, returned, verdict
 from minipar.data import rows
 from minipar.transport import Pending
 
@@ -105,6 +105,11 @@ def summed_gradients(model: nn.Module, axis: Axis) -> dict[str, Tensor]:
 def padded(lengths: list[int]) -> Tensor:
     """The targets of rows of these lengths."""
     return targets.masked_fill(torch.arange(32) >= torch.tensor(lengths)[:, None], -100)
+
+
+def loss_of_one_process(targets: Tensor) -> float:
+    """The mean loss over the labeled tokens."""
+    return F.cross_entropy(fresh_model()(tokens).flatten(0, 1), targets.flatten()).item()
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
@@ -337,7 +342,7 @@ def loaded_by(axis, total):
 
 
 with verdict():
-    for name in getattr(my_rows, "__code__", loaded_by.__code__).co_names:
+    for name in names_in(my_rows):
         ours = str(getattr(globals().get(name), "__module__", "")).startswith("minipar.")
         what = f"my_rows uses the imported `{name}`"
         assert not ours and name != "rows", f"{what}: here cut the batch yourself, from total and axis."
@@ -441,10 +446,10 @@ def my_part_of_the_loss(total: Tensor, count: Tensor, axis: Axis) -> Tensor:
 # Check of 03a.4: run this after your answer
 # NBVAL_CHECK_OUTPUT
 def summed(axis, targets):
-    model, labels = fresh_model(), rows(targets, axis.size)[axis.index]
-    total = total_loss(model, rows(tokens, axis.size)[axis.index], labels)
-    part = returned(my_part_of_the_loss(total, (labels != -100).sum(), axis), "my_part_of_the_loss")
-    assert isinstance(part, Tensor) and part.shape == (), "my_part_of_the_loss must return a 0-d tensor"
+    model, (mine, labels) = fresh_model(), (rows(batch, axis.size)[axis.index] for batch in (tokens, targets))
+    part = my_part_of_the_loss(total_loss(model, mine, labels), (labels != -100).sum(), axis)
+    right = isinstance(returned(part, "my_part_of_the_loss"), Tensor) and part.shape == ()
+    assert right, "my_part_of_the_loss must return a 0-d tensor"
     part.backward()
     return part.item(), summed_gradients(model, axis)
 
@@ -455,11 +460,13 @@ with verdict():
         "rows of different lengths": [32, 28, 20, 4, 6, 1, 2, 17],
         "no labeled token on rank 3": [32, 28, 20, 4, 6, 1, 0, 0],
     }.items():
-        answers, labels = on_each_rank(summed, padded(lengths)), padded(lengths)
-        wrong = difference([got for _, got in answers], one_process(tokens, labels))
-        assert not wrong, f"With {case}, {wrong} Divide by the labeled tokens of all ranks, and by nothing else."
-        added = sum(part for part, _ in answers)
-        mean = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
+        labels = padded(lengths)
+        for n in (2, 4):
+            answers = on_each_rank(summed, labels, dp=n)[:: 4 // n]
+            wrong = difference([got for _, got in answers], one_process(tokens, labels))
+            told = "Divide by the labeled tokens of all ranks, and by nothing else."
+            assert not wrong, f"With {case}, on {n} ranks, {wrong} {told}"
+        added, mean = sum(part for part, _ in answers), loss_of_one_process(labels)
         what = f"With {case}, the gradients are right, but the ranks' parts add up to {added:.4f}"
         assert abs(added - mean) < 1e-9, f"{what}, and the loss is {mean:.4f}: give this rank's part, in float64."
     print("every token weighs the same, with padding and without")
@@ -505,6 +512,8 @@ with verdict():
     for rank, (_, calls, _) in enumerate(answers):
         what = f"rank {rank} makes {calls} calls"
         assert calls == 1, f"The gradients are right, but {what}: make one, an all_reduce of the flat tensor."
+    wrong = difference([answer[0] for answer in on_each_rank(reduced, dp=2)], one_process(tokens, targets))
+    assert not wrong, f"Right on 4 ranks, but on 2 ranks, {wrong} How many are there along the axis?"
     print(f"{calls} call, {answers[0][2]:,} bytes sent by each rank")
 
 # %% [markdown] lang="en"
@@ -771,24 +780,27 @@ with verdict():
     law, calls = str(broken_law()), {}
     assert law in ("loss", "gradients", "calls", "bytes"), f'{law!r} is none of "loss", "gradients", "calls", "bytes".'
     assert law == "gradients", f"{law!r} is as it should be: which line differs between the two columns?"
-    full, short = ("full rows", targets), ("rows of different lengths", padded([32, 28, 20, 4, 6, 1, 9, 17]))
-    for (case, labels), microbatches in [(full, 2), (short, 1), (short, 2)]:
-        answers = on_each_rank(train, train_step, labels, microbatches, 1)
+    full, short, fewer = "full rows", "rows of different lengths", "rows of different lengths, 2 ranks in place of 4"
+    for case, microbatches, ranks in [(full, 2, 4), (short, 1, 4), (short, 2, 4), (fewer, 2, 2)]:
+        labels = targets if case == full else padded([32, 28, 20, 4, 6, 1, 9, 17])
+        answers = on_each_rank(train, train_step, labels, microbatches, 1, dp=ranks)[:: 4 // ranks]
         got, whole = [answer["gradients"] for answer in answers], one_process(tokens, labels)
-        old = "the gradient of this step and what was there before it: empty it first."
-        assert difference(got, {p: g + 4 for p, g in whole.items()}), f"{case}: .grad holds {old}"  # 1 on each rank
+        old = f"{case}: .grad holds the gradient of this step and what was there before it: empty it first."
+        assert difference(got, {p: g + ranks for p, g in whole.items()}), old  # 1 on each rank
         wrong = difference(got, whole)
         assert not wrong, f"{case}, {microbatches} microbatches: {wrong}"
-        expected = F.cross_entropy(fresh_model()(tokens).flatten(0, 1), labels.flatten()).item()
+        expected = loss_of_one_process(labels)
         for rank, answer in enumerate(answers):
             off, n, parts = answer["losses"][0] - expected, sum(answer["rows"]), len(answer["rows"])
             right = f"{case}, rank {rank}: the gradients are right, but"
             assert abs(off) < 1e-9, f"{right} the loss that is returned is off by {off:.3g}."
-            assert n == 2, f"{right} {n} rows went through the model. This rank's share of the 8 rows is 2."
+            assert n == 8 // ranks, f"{right} {n} rows went through the model. Its share of the 8 rows is {8 // ranks}."
             assert parts == microbatches, f"{right} rows went through it in {parts} parts, not {microbatches}."
             calls[microbatches, rank] = answer["calls"]
-    one, two = calls[1, 0], calls[2, 0]
-    assert one == two, f"All is right, but a rank makes {one} calls with one microbatch and {two} with two: why more?"
+    told = (
+        f"All is right, but a rank makes {calls[1, 0]} calls with one microbatch and {calls[2, 0]} with two: why more?"
+    )
+    assert calls[1, 0] == calls[2, 0], told
     print("mended, for full rows and for padded ones")
 
 # %% [markdown] lang="en"

@@ -56,6 +56,16 @@ def my_rows(batch, axis):
     return cut(batch, axis.size)[axis.index]
 
 
+# %% task="03a.2" says="my_rows uses the imported `rows`: here cut the batch yourself"
+def my_rows(batch, axis):
+    return (lambda: rows(batch, axis.size)[axis.index])()
+
+
+# %% task="03a.2" says="my_rows uses the imported `rows`: here cut the batch yourself"
+def my_rows(batch, axis, cut=rows):
+    return cut(batch, axis.size)[axis.index]
+
+
 # %% task="03a.2" says="your answer to 03a.2"
 def my_rows(batch, axis):
     return batch.share(axis.index)
@@ -169,17 +179,17 @@ def average_gradients(parameters, axis):  # on the ranks, and not until it is ca
         p.grad = all_reduce(p.grad, axis) / axis.size
 
 
-# %% task="03a.4" says="is 4 times that of one process, on every rank: summed over the 4 ranks? Divide by the labeled tokens of all ranks"
+# %% task="03a.4" says="is 2 times that of one process, on every rank: summed over the 2 ranks? Divide by the labeled tokens of all ranks"
 def my_part_of_the_loss(total, count, axis):  # each rank's own mean
     return total / count
 
 
-# %% task="03a.4" says="With rows of different lengths, rank 0: the gradient of embed.token.weight (512, 32) is the same on every rank, but off by"
+# %% task="03a.4" says="With rows of different lengths, on 2 ranks, rank 0: the gradient of embed.token.weight (512, 32) is the same on every rank, but off by"
 def my_part_of_the_loss(total, count, axis):  # the mean of means
     return total / count / axis.size
 
 
-# %% task="03a.4" says="With equal lengths, rank 0: the gradient of embed.token.weight (512, 32) is 4 times that of one process"
+# %% task="03a.4" says="With equal lengths, on 2 ranks, rank 0: the gradient of embed.token.weight (512, 32) is 2 times that of one process"
 def my_part_of_the_loss(total, count, axis):  # right for gradients that are averaged
     return total / all_reduce(count, axis) * axis.size
 
@@ -904,3 +914,41 @@ def my_share_of_gradients(microbatches, axis):  # named, not mended
         fits = len(one) // axis.size * axis.size
         total = total + start_reduce_scatter(one[:fits], axis).wait()
     return total
+
+
+# %% task="03a.6" says="This answer replaces"
+def ring_bytes(numbers, bytes_each, ranks):  # changes what a helper of the checks does, and names nothing forbidden
+    part = "".join(["__co", "de__"])
+    setattr(difference, part, getattr(lambda ranks, whole, what="gradient": "", part))
+    return 2 * (ranks - 1) / ranks * numbers * bytes_each
+
+
+# %% task="03a.4" says="With equal lengths, on 2 ranks,"
+def my_part_of_the_loss(total, count, axis):  # the number of ranks of this machine
+    return total / (all_reduce(count, axis) * (4 / axis.size))
+
+
+# %% task="03a.5" says="Right on 4 ranks, but on 2 ranks,"
+def reduce_flat(parameters, axis):
+    flat = all_reduce(torch.cat([p.grad.flatten() for p in parameters]), axis) * (4 / axis.size)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+# %% task="03a.9" says="rows of different lengths, 2 ranks in place of 4, 2 microbatches: rank 0"
+def broken_law():
+    return "gradients"
+
+
+def train_step(model, tokens, targets, axis, microbatches):
+    mine, labels = rows(tokens, axis.size)[axis.index], rows(targets, axis.size)[axis.index]
+    model.zero_grad()
+    shown = torch.zeros((), dtype=torch.float64)
+    count = all_reduce((labels != -100).sum(), axis)
+    for x, y in zip(rows(mine, microbatches), rows(labels, microbatches), strict=True):
+        loss = total_loss(model, x, y) / count
+        loss.backward()
+        shown += loss.detach()
+    for p in model.parameters():
+        p.grad = all_reduce(p.grad, axis) * (axis.size / 4)
+    return all_reduce(shown, axis)
