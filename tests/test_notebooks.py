@@ -1,7 +1,13 @@
 """Notebooks are what their sources say, and fit for readers."""
 
 import ast
+import builtins
+import contextlib
+import importlib
+import keyword
 import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,6 +18,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from minipar.course import build
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = {"doctor", "grade", "hint", "plan", "progress", "solution", "train"}
 SOURCES = sorted(ROOT.glob("chapters/src/*.py")) + sorted(ROOT.glob("solutions/src/*.py"))
 
 CHAPTER = """\
@@ -127,6 +134,80 @@ def test_what_a_chapter_shows_of_the_package_is_its_source_of_today(chapter, mon
         stored = [text for out in cell.outputs if (text := out.get("data", {}).get("text/markdown"))]
         again = f"{cell.source}\nshows old code: python -m minipar.course.build {chapter.stem} --force"
         assert not calls or stored == shown, again
+
+
+def spans(markdown: str) -> list[str]:
+    """What stands between single backticks."""
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", markdown, flags=re.S))
+
+
+def names(code: str) -> set[str]:
+    """The names in a piece of Python: variables, attributes, arguments, modules, and words that are quoted in it."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        mine = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname", "value")]
+        found |= {part for name in mine if isinstance(name, str) for part in name.split(".") if part.isidentifier()}
+        found |= {*(getattr(node, "module", None) or "").split(".")}
+    return found
+
+
+def is_there(dotted: str) -> bool:
+    """minipar.data.rows, torch.optim.Adam, ...: does it lead somewhere?"""
+    head, *rest = dotted.split(".")
+    here = importlib.import_module(head)
+    for name in rest:
+        try:
+            here = getattr(here, name) if hasattr(here, name) else importlib.import_module(f"{here.__name__}.{name}")
+        except (ImportError, AttributeError):
+            return False
+    return True
+
+
+# Other words that stand in code's letters in prose.
+WORDS = {"ps", "unpack", "F1", "B1", "pip", "make"}
+
+
+def unknown(text: str, known: set[str]) -> list[str]:
+    """Code in prose that names what nobody defines, commands that are none, files that are not there."""
+    found = []
+    for span in spans(text):
+        if re.fullmatch(r"[\w./*-]+/[\w./*-]*|[\w-]+\.(md|ipynb|toml|yml)", span):  # a file
+            found += [] if [*ROOT.glob(span.rstrip("/"))] or span.startswith(("step-", ".venv")) else [span]
+        elif command := re.match(r"python -m minipar (\w+)", span):
+            found += [] if command[1] in COMMANDS else [span]
+        elif not span.startswith(("--", "source ")):
+            with contextlib.suppress(SyntaxError):
+                used = names(re.sub(r"\.\.\.|…", "", span)) - known - WORDS
+                found += [f"{name} in {span}" for name in used if not keyword.iskeyword(name)]
+        found += [name for name in re.findall(r"\b(?:minipar|torch)(?:\.\w+)+", span) if not is_there(name)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def package() -> set[str]:
+    """All names in the code of minipar, those of installed libraries and of the language."""
+    found = {*dir(builtins), *sys.stdlib_module_names, *(name for name in packages_distributions())}
+    for file in ROOT.glob("minipar/**/*.py"):
+        found |= {file.stem} | names(file.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("chapters/*.ipynb"), *ROOT.glob("solutions/*.ipynb")]), ids=lambda path: path.stem
+)
+def test_every_code_name_in_prose_exists(page, package):
+    cells = nbformat.read(page, as_version=4).cells
+    code = [TransformerManager().transform_cell(cell.source) for cell in cells if cell.cell_type == "code"]
+    known = package.union(*map(names, code))
+    assert unknown("\n".join(cell.source for cell in cells if cell.cell_type == "markdown"), known) == []
+
+
+def test_a_code_name_that_does_not_exist_is_found(package):
+    text = (
+        "`minipar.simulate` `minipar.simulat` `Mesh(pd=2)` `python -m minipar gread` `minipar/date.py` `tests/laws.py`"
+    )
+    said = ["minipar.simulat", "pd in Mesh(pd=2)", "python -m minipar gread", "minipar/date.py"]
+    assert [found for found in unknown(text, package) if "simulat in" not in found] == said
 
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("chapters/*.ipynb"), *ROOT.glob("*s/*.ipynb")]
