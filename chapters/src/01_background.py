@@ -33,8 +33,8 @@
 # <details><summary>Answers</summary>
 #
 # 1. 4,000,000: a float32 has 4 bytes.
-# 2. In the `.grad` of each parameter. The optimizer changes each parameter a little, in the direction that its gradient
-#    tells.
+# 2. In the `.grad` of each parameter. The optimizer changes each parameter a little, in the direction that its
+#    [gradient](../docs/glossary.md#gradient) tells.
 # 3. Not defined. Programs that run at the same time share no variables.
 #
 # </details>

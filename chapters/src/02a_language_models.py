@@ -5,9 +5,9 @@
 # apart, on one process: what it computes, what it costs in parameters, operations and bytes, how it is trained, and
 # what it has learned afterwards. At its end you can
 #
-# - read a small GPT line by line, and write its attention yourself;
+# - read a small GPT line by line, and write its [attention](../docs/glossary.md#attention) yourself;
 # - compute from the shape of such a model how many parameters and operations it has, and check both by counting;
-# - say what Adam keeps, and where 16 bytes for each parameter come from, in two ways;
+# - say what [Adam](../docs/glossary.md#adam) keeps, and where 16 bytes for each parameter come from, in two ways;
 # - say what grows with the number of rows and with their length, and what recomputing does about it;
 # - pretrain the model in a short run, and judge it against simple baselines, on text that it has not seen;
 # - say what "large" means, in numbers.
@@ -63,9 +63,10 @@ assert 4 * 128 * 512 == 262_144 and 2 * 70e9 == 140e9  # the answers above
 # %% [markdown] lang="en"
 # ## 1. Text becomes numbers
 #
-# The text of this course is Python's own reference, what `help("with")` and its like print. It lies in the package,
-# so that everyone has the same one. A model needs numbers: a **tokenizer** cuts text into pieces, the **tokens**, and
-# gives each its number in a list, the **vocabulary**. Ours has 512 entries.
+# The text of this course is Python's own reference, what `help("with")` and its like print. It lies in the package, so
+# that everyone has the same one. A model needs numbers: a **tokenizer** cuts text into pieces, the
+# **[tokens](../docs/glossary.md#token)**, and gives each its number in a list, the
+# **[vocabulary](../docs/glossary.md#vocabulary)**. Ours has 512 entries.
 
 # %%
 text, tokenizer, tokens = corpus.text(), corpus.tokenizer(), corpus.tokens()
@@ -178,8 +179,9 @@ assert torch.equal(inputs[:, 1:], targets[:, :-1])
 # %% [markdown] lang="en"
 # ## 2. The model
 #
-# `Config` describes the shape, `minipar.gpt` builds it: embedding, four **blocks**, and a head. A **hook** is a
-# function that PyTorch calls after a layer has run. With hooks we see the shape of what each layer gives:
+# `Config` describes the shape, `minipar.gpt` builds it: [embedding](../docs/glossary.md#embedding), four **blocks**,
+# and a head. A **hook** is a function that PyTorch calls after a layer has run. With hooks we see the shape of what
+# each layer gives:
 
 # %%
 config = Config()
@@ -213,7 +215,8 @@ for hook in hooks:
 # - A **block** changes each of these vectors: first by **attention**, which looks at other positions, then by an
 #   **MLP**, two matrices with a bend (*GELU*) between, which looks at one position only. Each of the two *adds* its
 #   result to what came in. Before each stands a **norm**, which brings a vector to mean 0 and spread 1.
-# - The **head** turns each vector into 512 numbers, the **logits**. Softmax makes probabilities of them.
+# - The **head** turns each vector into 512 numbers, the **[logits](../docs/glossary.md#logits)**. Softmax makes
+#   probabilities of them.
 #
 # All of it but the attention fits a screen. It is the shape of GPT-2 (Radford et al. 2019):
 
@@ -436,9 +439,10 @@ viz.show(drawing, alt=f"Bars on a logarithmic scale: parameters of five models. 
 #
 # ## 5. Scale: operations
 #
-# Multiplying a vector of $a$ numbers by an $a × b$ matrix takes $ab$ multiplications and as many additions: 2 FLOPs
-# (*floating point operations*) for each weight. Backward needs twice that: once for the gradient of the vector, once
-# for the gradient of the weights. So a token costs about **6 FLOPs for each parameter**, 2 forward and 4 backward.
+# Multiplying a vector of $a$ numbers by an $a × b$ matrix takes $ab$ multiplications and as many additions: 2
+# [FLOPs](../docs/glossary.md#flop) (*floating point operations*) for each weight. Backward needs twice that: once for
+# the gradient of the vector, once for the gradient of the weights. So a token costs about **6 FLOPs for each
+# parameter**, 2 forward and 4 backward.
 #
 # What this rule leaves out is attention: $q k^\top$ and the mean of the values have no weights, and their cost grows
 # with the length of the row. Counted with it, forward and backward of a batch take (Korthikanti et al. 2022; Narayanan
@@ -640,8 +644,9 @@ assert x.item() == 1
 # It never moves. The next number above 1 in bfloat16 is 1.0078, and 1.001 is rounded back to 1, a thousand times. A
 # product in few digits is a product with a small error. A *sum of many small steps* in few digits is no sum at all.
 #
-# So the usual way is **mixed precision** (Micikevicius et al. 2018): compute in 16 bits, but keep a **master copy** of
-# the weights in float32, and let Adam step on that. After each step the 16-bit weights are rounded from the master.
+# So the usual way is **[mixed precision](../docs/glossary.md#mixed-precision)** (Micikevicius et al. 2018): compute in
+# 16 bits, but keep a **master copy** of the weights in float32, and let Adam step on that. After each step the 16-bit
+# weights are rounded from the master.
 
 
 # %%
@@ -682,8 +687,8 @@ assert found == [2, 2, 12]
 
 # %% [markdown] lang="en"
 # 2 + 2 + 12 = 16 again. **Mixed precision does not save memory for weights and optimizer.** It saves time, and it
-# halves the activations, which come next. The 12 are the K of the ZeRO paper (Rajbhandari et al. 2020): master copy,
-# $m$ and $v$.
+# halves the [activations](../docs/glossary.md#activation), which come next. The 12 are the K of the ZeRO paper
+# (Rajbhandari et al. 2020): master copy, $m$ and $v$.
 #
 # Is the master copy worth its 4 bytes? We train 20 steps, with and without. **Predict:** which share of the norms'
 # weights, which begin at 1, has moved at all? The learning rate is 0.0003, a usual one.

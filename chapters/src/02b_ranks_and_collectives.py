@@ -6,9 +6,12 @@
 #
 # - run a function on four processes of your laptop, and move tensors between them;
 # - say why a program with one `send` and one `recv` per process can wait forever, and mend it;
-# - write the collectives that all large-scale training is made of: broadcast, all-gather, reduce-scatter, all-reduce;
+# - write the [collectives](../docs/glossary.md#collective) that all large-scale training is made of:
+#   [broadcast](../docs/glossary.md#broadcast), [all-gather](../docs/glossary.md#all-gather),
+#   [reduce-scatter](../docs/glossary.md#reduce-scatter), [all-reduce](../docs/glossary.md#all-reduce);
 # - count the bytes that each process sends, and check the count against your computer's own network counter;
-# - lay ranks out on a mesh, and say which of them talk to each other.
+# - lay [ranks](../docs/glossary.md#rank) out on a [mesh](../docs/glossary.md#mesh), and say which of them talk to each
+#   other.
 #
 # **Time:** about two hours. **You need:** Python and a little PyTorch. No GPU, no network.
 # The chapter mirrors sections 2.2 and 2.3 of the article that this course follows and tests,
@@ -177,10 +180,11 @@ except RankError as report:
 viz.show(viz.draw_waits({rank: (rank + 1) % 4 for rank in range(4)}))
 
 # %% [markdown] lang="en"
-# The arrows close a circle. Nobody in a circle can move, so nobody ever will: this is a **deadlock**. Nothing
-# crashed, and no message appears. On a cluster the job would wait until a time limit ends it: PyTorch's default is 30
-# minutes with gloo, its CPU backend, and 10 with nccl, its GPU backend. The report above comes from minipar's
-# `World`: when no rank has moved for five seconds, it asks each one where it stands and names the circle.
+# The arrows close a circle. Nobody in a circle can move, so nobody ever will: this is a
+# **[deadlock](../docs/glossary.md#deadlock)**. Nothing crashed, and no message appears. On a cluster the job would wait
+# until a time limit ends it: PyTorch's default is 30 minutes with gloo, its CPU [backend](../docs/glossary.md#backend),
+# and 10 with nccl, its GPU backend. The report above comes from minipar's `World`: when no rank has moved for five
+# seconds, it asks each one where it stands and names the circle.
 #
 # Some libraries copy small tensors into a buffer and return from `send` at once. The same mistake then works in a
 # small test and hangs with real sizes. Here it hangs with 4 bytes, which is kinder.
@@ -270,9 +274,10 @@ except RankError as report:
 # - `recv(like, axis, source=0)`: wait for a tensor from index 0, and return it. The argument `like` is only a model
 #   for its shape and dtype. None of its numbers is read, and none is changed.
 #
-# They talk along an **axis**, which is a line of ranks: `axis.size` is how many stand on it, and `axis.index` is this
-# rank's place. For now there is one axis, with all four ranks on it. And they keep a **ledger**: who sent how many
-# bytes. The next cell makes a function that runs an operation on every rank with the ledger open.
+# They talk along an **[axis](../docs/glossary.md#axis)**, which is a line of ranks: `axis.size` is how many stand on
+# it, and `axis.index` is this rank's place. For now there is one axis, with all four ranks on it. And they keep a
+# **[ledger](../docs/glossary.md#ledger)**: who sent how many bytes. The next cell makes a function that runs an
+# operation on every rank with the ledger open.
 
 
 # %%
@@ -436,8 +441,8 @@ for n in (4, 64, 1024):
 #   = 2\,\frac{n-1}{n}\,M$$
 #
 # For $n = 4$ that is 1.5 × $M$. For $n = 1{,}024$ it is 1.998 × $M$: **what a rank sends hardly depends on how many
-# ranks there are.** (The ring for training was made popular by Baidu in 2017. Patarasu and Yuan showed in 2009 that
-# no all-reduce can send less per rank.)
+# ranks there are.** (The [ring](../docs/glossary.md#ring) for training was made popular by Baidu in 2017. Patarasu and
+# Yuan showed in 2009 that no all-reduce can send less per rank.)
 #
 # ### Write the first half
 #

@@ -1,15 +1,19 @@
 # %% [markdown] lang="en"
 # # Data parallelism
 #
-# Every rank has the whole model. Every rank gets other rows of the batch. After each backward pass the ranks add up
-# their gradients, so that all take the same step. That is **data parallelism**, the oldest and most used way to train
-# on many devices. At the end of this chapter you can
+# Every rank has the whole model. Every rank gets other rows of the [batch](../docs/glossary.md#batch). After each
+# backward pass the ranks add up their gradients, so that all take the same step. That is **[data
+# parallelism](../docs/glossary.md#data-parallelism)**, the oldest and most used way to train on many devices. At the
+# end of this chapter you can
 #
-# - write it three ways: one call for each parameter, in buckets, and overlapped with the backward pass;
+# - write it three ways: one call for each parameter, in [buckets](../docs/glossary.md#bucket), and overlapped with the
+#   backward pass;
 # - say why ranks merge gradients and not updates, and show it with numbers;
-# - accumulate gradients over microbatches, load data on all ranks, and weigh rows right when shares are unequal;
+# - accumulate gradients over microbatches, load data on all ranks, and weigh rows right when
+#   [shares](../docs/glossary.md#shard) are unequal;
 # - catch a bug that a loss curve hides;
-# - share out optimizer state, gradients and weights among the ranks (ZeRO), and say what each stage keeps and sends;
+# - share out optimizer state, gradients and weights among the ranks ([ZeRO](../docs/glossary.md#zero)), and say what
+#   each stage keeps and sends;
 # - compute bytes, time and memory for a model, and say when data parallelism alone is enough.
 #
 # **Time:** about three hours, the exercises not counted. **You need:**
@@ -1692,7 +1696,8 @@ viz.show(viz.draw(run, title="Mesh(dp=4), recorded on this machine"))
 # ## What you have now
 #
 # - **data parallelism**: whole model everywhere, other rows on each rank, one sum of gradients a step.
-# - **bucket**: many gradients in one call. **overlap**: a bucket sets off while backward still runs.
+# - **bucket**: many gradients in one call. **[overlap](../docs/glossary.md#overlap)**: a bucket sets off while backward
+#   still runs.
 # - **microbatch, accumulation**: several backwards, one exchange; the bytes do not depend on how many.
 # - **sum and count** travel, not means.
 # - **the gradient law**: raw gradients, float64, against one process. A loss curve is no test.

@@ -102,9 +102,10 @@ assert P == 940_800
 # %% [markdown] lang="en"
 # ## 1. First idea: each rank has other layers
 #
-# Section 3.2.1 of the document gives four steps for model parallelism: split the model (into layers, or into neurons),
-# pass *parameters and gradients* between the nodes, compute *independently* on each, and put the results together. We
-# try it with layers. Four blocks, four ranks, a block each. Rank 0 also has the embedding, rank 3 the head.
+# Section 3.2.1 of the document gives four steps for [model parallelism](../docs/glossary.md#model-parallelism): split
+# the model (into layers, or into neurons), pass *parameters and gradients* between the nodes, compute *independently*
+# on each, and put the results together. We try it with layers. Four blocks, four ranks, a block each. Rank 0 also has
+# the embedding, rank 3 the head.
 #
 # What must travel? A block takes an **activation**, a tensor of $b$ rows × $s$ positions × $h$ numbers (the *width*,
 # or *hidden size*), and gives another one of the same shape. That goes to the next rank. On the way back, each rank
@@ -320,8 +321,9 @@ assert set(sent) == {0} and set(sent_by_both) == {2 * 3 / 4 * y.nbytes}
 # | gradient of the weight | $dA_i = X^T dY_i$, all here | $dA_i = X_i^T dY$, all here |
 # | gradient of the input | $dX = \sum_i dY_i A_i^T$: **all-reduce** | $dX_i = dY A_i^T$, all here |
 #
-# The two are mirror images. The gradient of a weight never travels: each rank has all that it needs for the gradient
-# of its own share. And where a column cut needs nothing forward, it needs a sum backward.
+# The two are mirror images. The gradient of a weight never travels: each rank has all that it needs for the gradient of
+# its own share. And where a [column cut](../docs/glossary.md#column-cut) needs nothing forward, it needs a sum
+# backward.
 #
 # Does autograd know? Every rank gets the same `x`, computes its columns, and calls `backward`.
 #
@@ -353,10 +355,11 @@ assert min(distance(dx, x.grad) for dx in found) > 0.1 and distance(sum(found), 
 # The weight is right, and every rank's `x.grad` is wrong: a partial sum. Nothing failed. Autograd works within one
 # process, and cannot know that three other processes read the same `x`, too. Someone has to tell it.
 #
-# So we need an operation that does nothing forward, and an all-reduce backward. And for the row cut, one that does an
-# all-reduce forward, and backward nothing, since $dY$ is the same on every rank already. They are known as $f$ and $g$
-# (Shoeybi et al. 2019, [Megatron-LM](https://arxiv.org/abs/1909.08053)). We call them `enter` and `leave`: you enter
-# and leave a region of the model where ranks compute different things.
+# So we need an operation that does nothing forward, and an all-reduce backward. And for the [row
+# cut](../docs/glossary.md#row-cut), one that does an all-reduce forward, and backward nothing, since $dY$ is the same
+# on every rank already. They are known as $f$ and $g$ (Shoeybi et al. 2019,
+# [Megatron-LM](https://arxiv.org/abs/1909.08053)). We call them `enter` and `leave`: you enter and leave a region of
+# the model where ranks compute different things.
 #
 # **Your turn.** A `torch.autograd.Function` has two static methods: `forward(ctx, x, axis)` gives the result;
 # `backward(ctx, gradient)` gets the gradient of that result, and gives one for each argument of `forward` (`None` for
@@ -416,8 +419,8 @@ print("right on every rank")
 # Why is "nothing" the gradient of a sum, and a sum that of "nothing"? Think of all ranks as one. `leave` takes four
 # vectors and gives one, their sum: $L(x_0, x_1, x_2, x_3) = x_0 + x_1 + x_2 + x_3$. (That each rank gets a copy of the
 # result is a matter of storage.) `enter` takes one vector and gives four, all equal: $E(x) = (x, x, x, x)$. As
-# matrices, $L = [I\;I\;I\;I]$ and $E = L^T$. Backward multiplies by the transpose, also called the **adjoint**. The
-# transpose of a sum is a copy, and that of a copy is a sum.
+# matrices, $L = [I\;I\;I\;I]$ and $E = L^T$. Backward multiplies by the transpose, also called the
+# **[adjoint](../docs/glossary.md#adjoint)**. The transpose of a sum is a copy, and that of a copy is a sum.
 #
 # A transpose can be tested without knowing the matrix: $\langle Lx, g\rangle = \langle x, L^Tg\rangle$ for *all* $x$
 # and $g$, where $\langle\,,\rangle$ is the sum of products of corresponding numbers. Draw random ones, and compare two
@@ -827,7 +830,8 @@ for name, (sent, calls) in measured.items():
 # microbatches the bytes stay the same, and the calls double: each is smaller. (In data parallelism it is the other way
 # round. There, bytes are those of the parameters, once a step.)
 #
-# When does a rank send? Let us record every call of rank 0, under data and under tensor parallelism.
+# When does a rank send? Let us record every call of rank 0, under data and under [tensor
+# parallelism](../docs/glossary.md#tensor-parallelism).
 #
 # **Predict:** the number of calls of a step with 4 blocks, in each case.
 
@@ -1004,9 +1008,9 @@ assert world.run(shapes_at_the_head, tokens, targets) == [[(b, s, 512 // 4), (b,
 # little work, and not so little memory: what is kept for backward.
 #
 # A norm treats each position by itself. So do dropout and the sum. Then each rank could do a part of the *positions*.
-# Before the cut region the ranks need all positions: an all-gather. Behind it, they need the sum, but each only for
-# its own positions: a reduce-scatter. This is **sequence parallelism** (Korthikanti et al. 2022,
-# [Reducing activation recomputation](https://arxiv.org/abs/2205.05198)).
+# Before the cut region the ranks need all positions: an all-gather. Behind it, they need the sum, but each only for its
+# own positions: a reduce-scatter. This is **[sequence parallelism](../docs/glossary.md#sequence-parallelism)**
+# (Korthikanti et al. 2022, [Reducing activation recomputation](https://arxiv.org/abs/2205.05198)).
 #
 # **Before you move the explorer:** an all-reduce becomes an all-gather and a reduce-scatter. Does a rank send more than
 # before, less, the same?
@@ -1278,8 +1282,8 @@ assert distance(by_rows_of_the_batch, alone) > 0.01
 # %% [markdown] lang="en"
 # ## 10. A plan
 #
-# Which layers are cut how? The model says it, in a **plan**: a dictionary from the names of layers to styles, where `*`
-# stands for a number.
+# Which layers are cut how? The model says it, in a **[plan](../docs/glossary.md#plan)**: a dictionary from the names of
+# layers to styles, where `*` stands for a number.
 
 # %%
 for layer, style in fresh().tp_plan.items():

@@ -2,14 +2,16 @@
 # # Long context
 #
 # So far each row of a batch stayed on one rank, whatever else was cut. What if a single row is too long for that? Then
-# the ranks share out its *positions*. This is **context parallelism**, the axis `cp` of a mesh. At the end of this
-# chapter you can
+# the ranks share out its *positions*. This is **[context parallelism](../docs/glossary.md#context-parallelism)**, the
+# axis `cp` of a mesh. At the end of this chapter you can
 #
 # - say what grows with the length of a row, and why more data ranks do not help;
-# - put attention together from blocks of keys, exactly (online softmax), by hand and in code;
-# - write ring attention, forward and backward, and predict every byte that it sends;
+# - put attention together from blocks of keys, exactly ([online softmax](../docs/glossary.md#online-softmax)), by hand
+#   and in code;
+# - write [ring attention](../docs/glossary.md#ring-attention), forward and backward, and predict every byte that it
+#   sends;
 # - show why a causal mask makes ranks unequal, and cure it by the order of the sequence;
-# - write the other way, all-to-all over the heads, and say when to take which;
+# - write the other way, [all-to-all](../docs/glossary.md#all-to-all) over the heads, and say when to take which;
 # - train on `Mesh(cp=4)` and get the gradients of one process.
 #
 # **Time:** about two hours. **You need:** [Ranks and collectives](02b_ranks_and_collectives.ipynb) and sections 1 and 6
@@ -135,8 +137,9 @@ told = "; ".join(f"{name}: {sizes[0] / 1e6:.2g} to {sizes[-1] / 1e6:.3g}" for na
 viz.show(drawing, f"MB kept for backward against tokens, 64 to 2,048, logarithmic. {told}. The formula grows faster.")
 
 # %% [markdown] lang="en"
-# The formula keeps a $T \times T$ matrix for each head: twice the length, four times the memory. The fused kernel
-# grows with $T$. So is the problem solved? Let us see what a whole block keeps, with fused attention.
+# The formula keeps a $T \times T$ matrix for each head: twice the length, four times the memory. The fused kernel grows
+# with $T$. So is the problem solved? Let us see what a whole block keeps, with [fused
+# attention](../docs/glossary.md#fused-attention).
 
 # %%
 config = Config(context=1024)  # 4 blocks of width 128, 8 heads
@@ -617,8 +620,8 @@ print("zigzag order for 4 ranks:", zigzag_order(4), causal_pairs(32, zigzag_orde
 # chunk of queries and a column for each chunk of keys, in the order of the text. A color is a rank. Strong: computed in
 # this step. Pale: in another one. White: hidden by the mask.
 #
-# **Before you move it:** with four ranks in zigzag order, how many chunk pairs does each rank compute in step 1, 2 and
-# 3? And how many does the busiest rank compute in contiguous order?
+# **Before you move it:** with four ranks in [zigzag order](../docs/glossary.md#zigzag-order), how many chunk pairs does
+# each rank compute in step 1, 2 and 3? And how many does the busiest rank compute in contiguous order?
 
 # %%
 prediction = None  # (zigzag, busiest of contiguous)
