@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 from test_notebooks import EXERCISE, ROOT
 
 from minipar.__main__ import main
-from minipar.course import build
+from minipar.course import build, engine
 from minipar.course.grade import Verdict, grade
 from minipar.course.kernel import Kernel
 
@@ -65,12 +65,14 @@ def test_solutions_pass_blanks_are_to_do_and_wrong_answers_are_refused_by_name(n
     good, todo, bad = verdicts[: len(solved)], verdicts[len(solved) : 2 * len(solved)], verdicts[2 * len(solved) :]
     assert [(v.task.id, v.reason) for v in good if v.outcome != "pass"] == []
     assert [(v.task.id, v.reason) for v in todo if v.outcome != "todo"] == []
+    other = []
     for verdict, (task, answer, says) in zip(bad, wrong, strict=True):
-        assert verdict.outcome == "fail" and says in verdict.reason, (
-            f"{task}\n{answer}\nsays: {verdict.reason}\nnot:  {says}"
-        )
+        if verdict.outcome != "fail" or says not in verdict.reason:
+            other.append(f"{task}\n{answer}\nsays: {verdict.outcome}: {verdict.reason}\nnot:  {says}")
         quoted = [line for line in folded if line in verdict.reason and line not in answer]
-        assert quoted == [], f"{task}\n{answer}\nis told of code that gives things away: {verdict.reason}"
+        if quoted:
+            other.append(f"{task}\n{answer}\nis told of code that gives things away: {verdict.reason}")
+    assert not other, "\n\n".join(other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,6 +110,9 @@ ANSWERS = {
     "import sys\ndef double(x): sys.exit(0)": "SystemExit",
     "import os\ndef double(x): os._exit(0)": "ended the kernel",
     "def double(x):\n    while True: pass": "ran for more than 3 s",
+    "import torch\ndef double(x): return torch.ones(10, 2**30).byte()": "more memory than a task may have, 4 GB",
+    "def double(x): return len(bytearray(10 * 2**30))": "more memory than a task may have, 4 GB",
+    "import os, signal\ndef double(x): os.kill(os.getpid(), signal.SIGKILL)": "ended the kernel",
     f"import builtins\n{GOOD}\nbuiltins.divmod = max": "This answer replaces builtins.divmod, for everybody",
     "import math\ndef double(x):\n    math.floor = int\n    return 2 * x": "This answer replaces math.floor",
     "import math\ndef double(x): return 2 * x + math.floor(-0.5) + divmod(7, 4)[0]": "pass",  # both are whole again
@@ -295,6 +300,35 @@ def test_what_is_not_there_gets_one_line_that_says_what_is(at, capsys, arguments
         (at / "solutions/90_broken.ipynb").write_text((at / "solutions/90_small.ipynb").read_text())
     assert main(arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_passes_joins_the_engine_of_the_learner_and_the_rest_is_the_references(tmp_path, monkeypatch, capsys):
+    (tmp_path / "solutions/src").mkdir(parents=True)
+    source = EXERCISE.replace("two * x", "2 * x").replace('title="Double"', 'title="Double" engine="double"')
+    source = source.replace('title="Mend"', 'title="Mend" engine="triple"')
+    (tmp_path / "solutions/src/90_small.py").write_text(source, encoding="utf-8")
+    build.build(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "exercises/90_small.ipynb"
+    assert main(["grade", str(path)]) == 1
+    assert not (tmp_path / engine.NAME).exists()
+    for cell, answer, yours in [
+        ("task-90-2", "def triple(x):\n    return x + 2 * x  # mine", ["triple"]),
+        ("task-90-1", "def double(x): return x + x  # mine", ["double", "triple"]),
+    ]:
+        notebook = read(path)
+        next(one for one in notebook.cells if one.id == cell).source = answer
+        nbformat.write(notebook, path)
+        main(["grade", str(path)])
+        assert f"my_parallel.py: your own engine has your {', '.join(yours)}" in capsys.readouterr().out
+        text = (tmp_path / engine.NAME).read_text()
+        assert text.count("# mine") == len(yours) and text.count("reference(") == 2 - len(yours)
+        monkeypatch.chdir(tmp_path / "exercises")
+        mine = engine.load()
+        assert (mine.double(4), mine.triple(4)) == (8, 12)
+        monkeypatch.chdir(tmp_path)
+    (tmp_path / engine.NAME).unlink()
+    assert engine.load(tmp_path).double(4) == 8  # all of it the reference's
 
 
 def test_watch_grades_at_each_save_and_ends_with_ctrl_c(at):

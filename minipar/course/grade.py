@@ -25,23 +25,27 @@ from nbformat import NotebookNode
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 
 from .kernel import CellFailed, Kernel, KernelDied
+from .launch import MOST_MEMORY
 from .names import defined
 from .tasks import CourseError, Solution, Task, read_solution, solutions_folder
 
 SECONDS = 60.0  # a cell may take; `seconds` in the metadata of a check says otherwise
 NAMES = "__import__('minipar.course.names', fromlist=['names'])"
 PRINTS, SHOULD = "The check prints", "and should print"
+NO_MEMORY = r"MemoryError|can't allocate memory|bad_alloc"
+MEMORY = f"This asks for more memory than a task may have, {MOST_MEMORY / 2**30:g} GB: is a size wrong?"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one task went: "pass", "fail" or "todo" (not begun). `reason` is for the learner."""
+    """How one task went: "pass", "fail" or "todo" (not begun). `answer` is the learner's, `reason` is for them."""
 
     task: Task
     outcome: str
     reason: str
     seconds: float
+    answer: str = ""
 
 
 def grade(
@@ -136,7 +140,8 @@ class _Grader:
 
     def fell(self, task: Task) -> None:
         outcome, reason = self.failed.get(task.id, ("pass", ""))
-        self.verdicts.append(Verdict(task, outcome, reason, time.perf_counter() - self.started))
+        seconds, answer = time.perf_counter() - self.started, self.answers.get(task.answer.id)
+        self.verdicts.append(Verdict(task, outcome, reason, seconds, answer.source if answer else ""))
         with contextlib.redirect_stdout(self.out):
             self.report(self.verdicts[-1])
 
@@ -255,7 +260,9 @@ class _Cell(IPyNbCell):
         if name == "NotImplementedError" or message.startswith("Not begun"):
             return "todo", "Not begun: NotImplementedError stands where your code goes."
         if name in ("Refused", "AssertionError") and message:
-            return "fail", message
+            return "fail", MEMORY if re.search(NO_MEMORY, message) else message
+        if re.search(NO_MEMORY, f"{name}: {message}"):
+            return "fail", MEMORY
         trace = ANSI.sub("", "\n".join(raised.traceback)).splitlines()
         at = [line for line in trace if line.startswith("--") and "-> " in line][-1:]
         return "fail", "\n".join([f"{name}: {message}", *at])

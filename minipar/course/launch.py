@@ -15,6 +15,8 @@ from multiprocessing import forkserver, resource_tracker, util
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+MOST_MEMORY = 4 * 2**30  # bytes that a kernel, or a rank of its worlds, may have for itself
+
 
 def main() -> None:
     """Become a kernel."""
@@ -28,6 +30,10 @@ def main() -> None:
     if crew.FORK:
         with _forking():
             crew.warm()
+    if sys.platform == "linux":  # an answer that asks for all memory gets an error, and not the machine
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     torch.set_num_threads(1)  # its tensors are small, and a second thread would take a core from the ranks
     from ipykernel.kernelapp import launch_new_instance
 

@@ -14,9 +14,10 @@ YOURS = "your answer to"  # how reports begin to name the cell that is graded
 # What checks rely on. Of these modules and of their classes no function may be replaced.
 LIBRARIES = {"builtins", "math", "torch", "torch._tensor", "torch.autograd", "torch.distributed", "torch.nn.functional"}
 PACKAGES = ("minipar", "torch.nn.modules", "torch.nn.utils")
+CHECKS = "minipar.course"
 # What reaches any name without naming it.
 FUNCTIONS = {"eval", "exec", "get_ipython", "globals", "locals", "vars"}
-ATTRIBUTES = {"__main__", "__code__", "__globals__", "f_globals", "f_locals", "user_ns", "_kept", "_reading"}
+ATTRIBUTES = {"course", "__main__", "__code__", "__globals__", "f_globals", "f_locals", "user_ns", "_kept", "_reading"}
 
 _kept: dict[str, Any] = {}
 _answer: list[str] = []  # the file that the cell to be graded is to Python
@@ -86,7 +87,8 @@ def protect(names: dict[str, Any], reference: str, answer: str, given: Collectio
     hidden = {*given} - _mentions(reference)[0] | FUNCTIONS
     variables, others = _mentions(answer)
     late = _mentions(answer, inside=True)[0] & (defined(check) - _mentions(reference)[0])
-    for name in sorted(variables & hidden | late | others & ATTRIBUTES):
+    forbidden = others & ATTRIBUTES | {name for name in others if name.startswith(CHECKS)}
+    for name in sorted(variables & hidden | late | forbidden):
         if name == "get_ipython" and name not in answer:
             raise PermissionError("This answer has a line of % or !, which cannot be graded: take it out.")
         if _gives(answer, name):
@@ -101,7 +103,7 @@ def untouched() -> None:
 
 
 def defined(source: str) -> set[str]:
-    """The names that a cell gives a value: functions, classes, variables, no imports."""
+    """The names that a cell gives a value: functions, classes, variables, and what it imports for checks alone."""
     found, nodes = set(), list[ast.AST](ast.parse(source).body)
     while nodes:
         node = nodes.pop()
@@ -110,6 +112,8 @@ def defined(source: str) -> set[str]:
             continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(CHECKS):
+            found |= {name.asname or name.name for name in node.names}
         nodes += ast.iter_child_nodes(node)
     return found
 

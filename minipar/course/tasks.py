@@ -10,13 +10,15 @@ from nbformat import NotebookNode
 
 @dataclass(frozen=True)
 class Task:
-    """One graded function. `answer` and `check` are cells of the solution."""
+    """One graded function. `answer` and `check` are cells of the solution; `engine`, those of its functions that are
+    pieces of the learner's own engine."""
 
     id: str
     title: str
     answer: NotebookNode
     check: NotebookNode
     hints: tuple[str, ...]
+    engine: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class CourseError(Exception):
 
 
 def solutions_folder(near: Path | None = None) -> Path:
-    """`solutions/` beside the folder of an exercise, here, or beside the package."""
-    places = [Path.cwd(), Path(__file__).resolve().parents[2]]
+    """`solutions/` beside the folder of an exercise, here, beside this folder, or beside the package."""
+    places = [Path.cwd(), Path.cwd().parent, Path(__file__).resolve().parents[2]]
     if near is not None:
         places.insert(0, near.resolve().parent.parent)
     for place in places:
@@ -56,7 +58,14 @@ def read_solution(path: Path) -> Solution:
         if "hint" in cell.metadata:
             hints.setdefault(cell.metadata["hint"], []).append(cell.source)
     tasks = tuple(
-        Task(name, cell.metadata["title"], cell, checks[name], tuple(hints.get(name, ())))
+        Task(
+            name,
+            cell.metadata["title"],
+            cell,
+            checks[name],
+            tuple(hints.get(name, ())),
+            tuple(cell.metadata.get("engine", "").split()),
+        )
         for cell in cells
         if (name := cell.metadata.get("task"))
     )

@@ -34,55 +34,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipar import Axis, Config, Mesh, World, connect, corpus, gpt, ledger
+from minipar import Axis, Mesh, World, connect, corpus, ledger
 from minipar.collectives import all_gather, all_reduce, reduce_scatter, start_all_reduce, start_reduce_scatter
 from minipar.course.checks import difference, names_in, returned, verdict
+from minipar.course.given import (
+    along,
+    fresh_model,
+    gradients,
+    loss_of_one_process,
+    one_process,
+    padded,
+    targets,
+    tokens,
+    total_loss,
+)
 from minipar.data import rows
 from minipar.transport import Pending
 
 world = World(4)
 
 # %% [markdown] lang="en"
-# The next cells are folded, too: a small GPT in float64, its loss as a *sum* over tokens, eight rows of text, what one
-# process gets for them, and training loops for the later tasks. Run them all; read them when you want to know.
+# The next cells are folded, too: training loops for the later tasks. Run them all; read them when you want to know.
+# What they and the checks work on is in `minipar/course/given.py`: a small GPT in float64, its loss as a *sum* over
+# tokens, eight rows of text, and what one process gets for them.
 #
 # What you need to know is the `axis` that your functions are given, the line of ranks that share the data:
 # `axis.size` is the number of ranks, here 4, and `axis.index` is this rank's place, 0 to 3.
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
-# Given: model, loss, and how to call a function on each rank
-def fresh_model() -> nn.Module:
-    """The same GPT with the same weights, whoever calls."""
-    torch.manual_seed(0)
-    return gpt(Config(context=32, depth=1, width=32, heads=4)).double()
-
-
-def total_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy, summed over the labeled tokens. A target of -100 is not labeled (padding). -> 0-d"""
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
+# Given: how to call a function on each rank, and a backward on each
 def on_each_rank(function: Callable, *args, dp: int = 4) -> list:
     """What function(axis, *args) returns on rank 0, 1, 2, 3. With dp=2 the axis has two ranks, and is there twice."""
-    return world.run(lambda: function(connect(Mesh(dp=dp, tp=4 // dp))["dp"], *args), limit=15)
-
-
-# %% tags=["setup"] jupyter={"source_hidden": true}
-# Given: eight rows of text, and their gradients on one process
-text = torch.tensor(corpus.tokenizer().encode(corpus.text()[:2000]).ids)
-tokens, targets = text[:256].view(8, 32), text[1:257].view(8, 32)  # a target is the token that comes next
-
-
-def one_process(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Gradients of the mean loss over all labeled tokens of the batch, by parameter name."""
-    model = fresh_model()
-    (total_loss(model, tokens, targets) / (targets != -100).sum()).backward()
-    return gradients(model)
+    return along(world, "dp", function, *args, size=dp)
 
 
 def my_gradients(axis: Axis, divide_by: int) -> nn.Module:
@@ -98,18 +82,6 @@ def summed_gradients(model: nn.Module, axis: Axis) -> dict[str, Tensor]:
     flat = all_reduce(nn.utils.parameters_to_vector(gradients(model).values()), axis)
     nn.utils.vector_to_parameters(flat, model.parameters())
     return {name: p.detach() for name, p in model.named_parameters()}
-
-
-# %% tags=["setup"] jupyter={"source_hidden": true}
-# Given, for tasks 4 and 9: rows of different lengths
-def padded(lengths: list[int]) -> Tensor:
-    """The targets of rows of these lengths."""
-    return targets.masked_fill(torch.arange(32) >= torch.tensor(lengths)[:, None], -100)
-
-
-def loss_of_one_process(targets: Tensor) -> float:
-    """The mean loss over the labeled tokens."""
-    return F.cross_entropy(fresh_model()(tokens).flatten(0, 1), targets.flatten()).item()
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
@@ -322,7 +294,7 @@ with verdict():
 # remainder.
 
 
-# %% task="03a.2" title="Complete: load your own rows"
+# %% task="03a.2" title="Complete: load your own rows" engine="my_rows"
 def my_rows(batch: Tensor, axis: Axis) -> Tensor:
     """This rank's share of a batch. (total, context) -> (its rows, context)"""
     total = batch.size(0)
@@ -430,7 +402,7 @@ with verdict():
 # rank divides its own total $L_r$ by the global $N$. There is no average left to take.
 
 
-# %% task="03a.4" title="Write: a mean of means is not the mean"
+# %% task="03a.4" title="Write: a mean of means is not the mean" engine="my_part_of_the_loss"
 def my_part_of_the_loss(total: Tensor, count: Tensor, axis: Axis) -> Tensor:
     """What this rank calls backward on: gradients *summed* over ranks are those of the mean.
 
@@ -485,7 +457,7 @@ with verdict():
 # the parameter.
 
 
-# %% task="03a.5" title="Write: one call for all gradients"
+# %% task="03a.5" title="Write: one call for all gradients" engine="reduce_flat"
 def reduce_flat(parameters: list[nn.Parameter], axis: Axis) -> None:
     """Replace each .grad by its *sum* over the ranks, with a single all_reduce."""
     ### BEGIN SOLUTION
@@ -945,8 +917,8 @@ with verdict():
 def your_training(axis, steps):
     model, losses = fresh_model(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for tokens, targets in corpus.batches(steps, rows=10, context=32):
-        mine, labels = my_rows(tokens, axis), my_rows(targets, axis)
+    for batch, labels_of_batch in corpus.batches(steps, rows=10, context=32):
+        mine, labels = my_rows(batch, axis), my_rows(labels_of_batch, axis)
         model.zero_grad()
         part = my_part_of_the_loss(total_loss(model, mine, labels), (labels != -100).sum(), axis)
         part.backward()

@@ -150,7 +150,7 @@ world.run = lambda *_, **__: [({}, 21)] * 4
 def average_gradients(parameters, axis): ...
 
 
-# %% task="03a.3" says="This answer replaces minipar.course.checks.TOLERANCE"
+# %% task="03a.3" says="This answer uses course, which belongs to its check"
 import minipar.course.checks
 
 minipar.course.checks.TOLERANCE = 1e9
@@ -916,10 +916,10 @@ def my_share_of_gradients(microbatches, axis):  # named, not mended
     return total
 
 
-# %% task="03a.6" says="This answer replaces"
-def ring_bytes(numbers, bytes_each, ranks):  # changes what a helper of the checks does, and names nothing forbidden
+# %% task="03a.6" says="This answer replaces minipar.corpus.batches.__code__"
+def ring_bytes(numbers, bytes_each, ranks):  # the function stays the same, and does something else
     part = "".join(["__co", "de__"])
-    setattr(difference, part, getattr(lambda ranks, whole, what="gradient": "", part))
+    setattr(corpus.batches, part, getattr(lambda *args, **options: [], part))
     return 2 * (ranks - 1) / ranks * numbers * bytes_each
 
 
