@@ -4,7 +4,7 @@ A parameter may be cut along several axes, each along a dim of its own: the weig
 and once by their hidden width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -52,13 +52,21 @@ def is_cut(parameter: nn.Parameter, axis: Axis) -> bool:
     return any(cut.axis.name == axis.name for cut in cuts(parameter))
 
 
-def cut(module: nn.Module, name: str, dim: int, axis: Axis) -> None:
-    """Keep this rank's share of a parameter along `dim`, in place, so that ties survive."""
+def cut(module: nn.Module, name: str, dim: int, axis: Axis, sections: Sequence[int] = ()) -> None:
+    """Keep this rank's share of a parameter along `dim`, in place, so that ties survive.
+
+    sections: sizes of what lies side by side along `dim`, each of them cut by itself; by default it is all one.
+    """
     parameter: Any = getattr(module, name, None)
     if parameter is None or is_cut(parameter, axis):  # no bias; or tied, and cut already
         return
+    dim %= parameter.dim()
     size = parameter.size(dim)
-    shares = torch.arange(size).tensor_split(bounds(size, axis.size)[1:-1])
+    parts = [
+        section.tensor_split(bounds(len(section), axis.size)[1:-1])
+        for section in torch.arange(size).split(list(sections) or size)
+    ]
+    shares = tuple(torch.cat(of_one_rank) for of_one_rank in zip(*parts, strict=True))
     mine = Cut(axis, dim, size, shares)
     parameter.cuts = (*cuts(parameter), mine)
     parameter.data = mine.take(parameter.data)

@@ -233,6 +233,8 @@ class GPT(nn.Module):
             self.tp_plan = {layer: style for layer, style in self.tp_plan.items() if layer not in dense} | {
                 "blocks.*.mlp": "sequence_gather",
                 "blocks.*.mlp.experts": "moe_tp_experts",
+                "blocks.*.mlp.experts.up": "rowwise",  # of a parameter it cuts the last dim, colwise that before
+                "blocks.*.mlp.experts.down": "colwise",
             }
         if c.tied:
             self.head.weight = self.embed.token.weight

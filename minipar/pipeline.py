@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -31,16 +32,46 @@ class Leave(Exception):
 
 
 @dataclass
+class Blocks:
+    """What a pipeline cuts: lists of blocks by their names, in the order in which they run.
+
+    encoder: the module that has the first list, where what it gives is read by all blocks of the second.
+    given: what stands for its output on stages behind it.
+    """
+
+    lists: dict[str, nn.ModuleList]
+    encoder: nn.Module | None = None
+    given: Callable[[Tensor], Any] = lambda memory: memory
+
+
+@dataclass
 class Window:
     """Which blocks run now: those at [first, end). `state`, where there is one, goes into the first of them.
 
     next: the place whose turn it is, None while no stage runs.
+    memory: what an encoder gave, the last of whose blocks is at `turn` - 1. It goes along with the state from there on.
     """
 
     first: int = 0
     end: int = 0
     state: Any = None
     next: int | None = None
+    turn: int | None = None
+    memory: Any = None
+
+    def open(self, first: int, end: int, state: Any) -> None:
+        self.first, self.end, self.next, self.state = first, end, 0, state
+        if self.turn is not None and first >= self.turn:  # the encoder has run elsewhere
+            self.next = self.turn
+            self.state, self.memory = state if first > self.turn else (None, state)
+
+    def leave(self, state: Any) -> Leave:
+        if self.turn is None or self.end < self.turn:
+            return Leave(state)
+        return Leave(self.memory if self.end == self.turn else (state, self.memory))
+
+    def close(self) -> None:
+        self.state = self.memory = self.next = None
 
 
 class Stages:
@@ -49,16 +80,23 @@ class Stages:
     The blocks are cut evenly; what is registered before them goes with the first, what comes behind with the last.
     The module that is given is changed: what lives on other ranks gives up its memory.
 
+    given: the blocks, where they are known; else they are looked for.
     blocks: stage -> its blocks by name; none where there is one stage only and nobody needs them.
     home: name of a parameter or buffer -> its stage.
     homes: parameter -> the stages that use it, two if it is tied and its names lie apart.
     """
 
-    def __init__(self, model: nn.Module, count: int, mine: set[int], needs_blocks: bool = False):
-        whole = "", nn.ModuleList()  # one stage needs no cut, so any model will do
-        name, blocks = find_blocks(model, count) if count > 1 or needs_blocks else whole
-        self.model, self.window, self.cuts = model, Window(), bounds(len(blocks), count)
-        self.home = home = self._home_of_names(f"{name}.")
+    def __init__(
+        self, model: nn.Module, count: int, mine: set[int], needs_blocks: bool = False, given: Blocks | None = None
+    ):
+        found = Blocks({})  # one stage needs no cut, so any model will do
+        if count > 1 or needs_blocks:
+            found = given or find_blocks(model)
+            _check_blocks(found, count)
+        self.model, self.lists = model, found.lists
+        blocks = {f"{name}.{i}": block for name, some in self.lists.items() for i, block in enumerate(some)}
+        self.window, self.cuts = Window(), bounds(len(blocks), count)
+        self.home = home = self._home_of_names()
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
         for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
             self.homes[parameter].add(home[parameter_name])
@@ -69,45 +107,51 @@ class Stages:
             if not stages & mine:
                 _give_up(parameter)
         self.blocks: dict[int, dict[str, nn.Module]] = defaultdict(dict)  # stage -> name -> block
-        for place, block in enumerate(blocks):
-            self.blocks[self._stage_of_block(place)][f"{name}.{place}"] = block
+        for place, (name, block) in enumerate(blocks.items()):
+            self.blocks[self._stage_of_block(place)][name] = block
             if self._stage_of_block(place) not in mine:
-                blocks[place] = nn.Identity()  # never reached: the window leaves or passes it by
-        self._all = blocks
+                _stand_in_for(model, name)
+        if found.encoder:
+            self.window.turn = len(next(iter(self.lists.values())))
+            _run_once(found.encoder, found.given, self.window)
 
     def open_window(self) -> None:
         """From now on a forward runs one stage."""
-        for place, block in enumerate(self._all):
+        for place, block in enumerate(chain(*self.lists.values())):
             _ask_window(block, place, self.window)
 
     def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
         """Run one stage: the state that leaves it, or, from the last one, what the model returns."""
-        self.window.first, self.window.end, self.window.state = self.cuts[stage], self.cuts[stage + 1], state
-        self.window.next = 0
+        self.window.open(self.cuts[stage], self.cuts[stage + 1], state)
         try:
             return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
         except Leave as way_out:
             return way_out.args[0]
         finally:
-            self.window.state = self.window.next = None
+            self.window.close()
 
     def _stage_of_block(self, place: int) -> int:
         return next(stage for stage, end in enumerate(self.cuts[1:]) if place < end)
 
-    def _home_of_names(self, blocks: str) -> dict[str, int]:
+    def _home_of_names(self) -> dict[str, int]:
         """Name of a parameter or buffer -> stage, in the order of registration."""
         home, stage = {}, 0
+        starts = dict(zip(self.lists, accumulate(map(len, self.lists.values()), initial=0), strict=False))
+        begins = {name.rpartition(".")[0]: start for name, start in starts.items()}  # the module that has the list
         for prefix, module in self.model.named_modules(remove_duplicate=False):
-            if prefix.startswith(blocks):
-                stage = self._stage_of_block(int(prefix.removeprefix(blocks).split(".")[0]))
+            parent, _, own_name = prefix.rpartition(".")
+            if prefix in begins:
+                stage = self._stage_of_block(begins[prefix])
+            elif parent in starts:
+                stage = self._stage_of_block(starts[parent] + int(own_name))
             for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 home[f"{prefix}.{name}" if prefix else name] = stage  # what comes behind the last block stays with it
         return home
 
 
-def find_blocks(model: nn.Module, stages: int) -> tuple[str, nn.ModuleList]:
-    """The model's list of blocks, and its name: the one ModuleList that is not inside of another. ValueError where
-    that leaves a doubt, or where there are fewer blocks than stages."""
+def find_blocks(model: nn.Module) -> Blocks:
+    """The model's list of blocks: the one ModuleList that is not inside of another. ValueError where that leaves a
+    doubt."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -118,14 +162,39 @@ def find_blocks(model: nn.Module, stages: int) -> tuple[str, nn.ModuleList]:
         raise ValueError(
             f"a pipeline needs a model with one list of blocks (nn.ModuleList); {type(model).__name__} has {what}"
         )
-    name, blocks = found.popitem()
-    if len(blocks) < stages:
+    return Blocks(found)
+
+
+def _check_blocks(blocks: Blocks, stages: int) -> None:
+    every, names = list(chain(*blocks.lists.values())), " and ".join(blocks.lists)
+    if len(every) < stages:
         raise ValueError(
-            f"pp={stages} stages need {stages} blocks or more, but {name} has {len(blocks)}: use pp <= {len(blocks)}"
+            f"pp={stages} stages need {stages} blocks or more, but {names} has {len(every)}: use pp <= {len(every)}"
         )
-    if len(set(blocks)) < len(blocks):
-        raise ValueError(f"{name} has one block several times: a pipeline needs {len(blocks)} blocks of their own")
-    return name, blocks
+    if len(set(every)) < len(every):
+        raise ValueError(f"{names} has one block several times: a pipeline needs {len(every)} blocks of their own")
+
+
+def _stand_in_for(model: nn.Module, name: str) -> None:
+    """Put something in the place of a block of another stage that knows what the model may ask it, and has no layers.
+    It never runs: the window leaves or passes it by."""
+    block, stand_in = model.get_submodule(name), nn.Identity()
+    vars(stand_in).update({key: x for key, x in vars(block).items() if key not in vars(stand_in)})
+    model.set_submodule(name, stand_in)
+
+
+def _run_once(encoder: nn.Module, given: Callable[[Tensor], Any], window: Window) -> None:
+    """Let an encoder remember what it gives, and give it on stages where it does not run."""
+    inner = encoder.forward
+
+    def forward(*arguments: Any, **more: Any) -> Any:
+        if window.memory is not None:
+            return given(window.memory)
+        output = inner(*arguments, **more)
+        window.memory = output[0]
+        return output
+
+    encoder.forward = forward
 
 
 def _ask_window(block: nn.Module, place: int, window: Window) -> None:
@@ -146,9 +215,9 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
             )
         window.next += 1
         if place == window.end:
-            raise Leave(state)
+            raise window.leave(state)
         if place < window.first:  # computed elsewhere: what uses it here by mistake shows at once, as NaN
-            return pytree.tree_map_only(Tensor, _nothing, state)
+            return pytree.tree_map_only(Tensor, _nothing, window.state)
         if place == window.first and window.state is not None:
             state = window.state
         return inner(state, *context, **more)
@@ -164,7 +233,8 @@ def _give_up(parameter: nn.Parameter) -> None:
 
 def _look_up_nothing(embedding: nn.Embedding) -> None:
     """In front of a later stage's blocks, the embedding's result is never used: do not compute it."""
-    embedding.forward = lambda ids: _nothing(embedding.weight.new_empty(()).expand(*ids.shape, embedding.embedding_dim))
+    width = embedding.embedding_dim
+    embedding.forward = lambda ids, *_, **__: _nothing(embedding.weight.new_empty(()).expand(*ids.shape, width))
 
 
 def _nothing(like: Tensor) -> Tensor:

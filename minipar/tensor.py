@@ -1,13 +1,16 @@
 """Tensor parallelism: weights are cut along one axis, the model stays as it was.
 
 A plan is a dict from layer name to style, with the style names that transformers publishes. Modules keep their place
-and their name; only the forward of a layer that is cut changes.
+and their name; only the forward of a layer that is cut changes. `*` in a name stands for a number, and a name may be a
+parameter's. A style may have arguments: "packed_colwise(3)".
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .collectives import SEQUENCE, Axis, all_reduce, bounds, enter, enter_sequence, gather, leave, leave_sequence, split
-from .cut import cut
+from .cut import cut, is_cut
 from .deferral import Deferral
 from .randomness import Streams
 
@@ -57,23 +60,71 @@ class Region:
     def leave(self, x: Tensor) -> Tensor:
         return leave_sequence(x, self.axis) if self.sequence else leave(x, self.axis)
 
+    def product(self, x: Tensor, layer: Any, bias: Tensor | None = None) -> Tensor:
+        """What a linear layer gives, (..., in) -> (..., out)."""
+        if not _is_transposed(layer):
+            return self.deferral.linear(x, layer.weight, bias)
+        y = x @ layer.weight
+        return y if bias is None else y + bias
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """nn.Linear's weight is (out, in). A layer whose weights are (..., in, out) says so."""
+    return getattr(layer, "is_transposed", False)
+
+
+def _out_dim(layer: nn.Module) -> int:
+    return -1 if _is_transposed(layer) else -2
+
+
+def _in_dim(layer: nn.Module) -> int:
+    return -2 if _is_transposed(layer) else -1
+
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
     """ValueError for a layer whose own forward a style would replace."""
-    if type(layer).forward is not kind.forward:
+    if type(layer).forward is not kind.forward and not _is_transposed(layer):
         raise ValueError(
             f"{type(layer).__name__} has a forward of its own, so it cannot be cut as nn.{kind.__name__} is"
         )
 
 
-def colwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
-    """Cut the outputs: (..., in) -> (..., out/tp)."""
+def colwise(layer: nn.Linear, region: Region, entrance: Entrance, sections: Sequence[int] = ()) -> None:
+    """Cut the outputs, or each section of them: (..., in) -> (..., out/tp)."""
     _is_plain(layer, nn.Linear)
-    cut(layer, "weight", 0, region.axis)
-    cut(layer, "bias", 0, region.axis)
+    cut(layer, "weight", _out_dim(layer), region.axis, sections)
+    cut(layer, "bias", 0, region.axis, sections)
 
     def forward(x: Tensor) -> Tensor:
-        y = region.deferral.linear(entrance(x), layer.weight, layer.bias)
+        y = region.product(entrance(x), layer, layer.bias)
+        region.streams.go(inside=True)
+        return y
+
+    layer.forward = forward
+
+
+def packed_colwise(layer: nn.Linear, region: Region, entrance: Entrance, *sections: str) -> None:
+    """The same for several matrices in one (q, k and v; gate and up): packed_colwise is of two halves,
+    packed_colwise(3) of three thirds, packed_colwise(64, 16, 16) of parts of these sizes."""
+    colwise(layer, region, entrance, sizes(sections, layer.weight.size(_out_dim(layer))))
+
+
+def sizes(sections: Sequence[str], total: int) -> list[int]:
+    """The sizes of what is packed into one. ValueError if they are not `total` together."""
+    numbers = [int(n) for n in sections] or [2]
+    found = numbers if len(numbers) > 1 else [total // numbers[0]] * numbers[0]
+    if sum(found) != total:
+        raise ValueError(f"parts {', '.join(map(str, found))} are {sum(found)} together, and the layer has {total}")
+    return found
+
+
+def colwise_for_some_heads(layer: nn.Linear, region: Region, entrance: Entrance, features: Tensor) -> None:
+    """Keys or values of fewer heads than there are ranks: each computes them all, and goes on with `features` of them,
+    those that its queries read. (Not for plans: a colwise layer becomes this where it has to.)"""
+    replicated_with_grad_allreduce(layer, region, entrance)
+
+    def forward(x: Tensor) -> Tensor:
+        y = region.product(entrance(x), layer, layer.bias)[..., features.to(x.device)]
         region.streams.go(inside=True)
         return y
 
@@ -88,15 +139,18 @@ class Head:
     gathers: bool = True
 
 
-def colwise_gather_output(layer: nn.Linear, region: Region, entrance: Entrance) -> Head:
+def colwise_gather_output(layer: Any, region: Region, entrance: Entrance) -> Head:
     """Cut the outputs, then put them together: (..., in) -> (..., out)."""
     _is_plain(layer, nn.Linear)
-    head = Head(layer.out_features)
-    cut(layer, "weight", 0, region.axis)
+    head = Head(
+        layer.nf if _is_transposed(layer) else layer.out_features
+    )  # its weight may be cut already, if it is tied
+    cut(layer, "weight", _out_dim(layer), region.axis)
     cut(layer, "bias", 0, region.axis)
 
     def forward(x: Tensor) -> Tensor:
-        y = F.linear(entrance(x), layer.weight, layer.bias)
+        weight = layer.weight.t() if _is_transposed(layer) else layer.weight
+        y = F.linear(entrance(x), weight, layer.bias)
         return gather(y, region.axis, size=head.vocabulary) if head.gathers else y
 
     layer.forward = forward
@@ -106,11 +160,11 @@ def colwise_gather_output(layer: nn.Linear, region: Region, entrance: Entrance) 
 def rowwise(layer: nn.Linear, region: Region, entrance: Entrance) -> None:
     """Cut the inputs: (..., in/tp) -> (..., out). Each rank has a partial sum; the bias is added once, after it."""
     _is_plain(layer, nn.Linear)
-    cut(layer, "weight", 1, region.axis)
+    cut(layer, "weight", _in_dim(layer), region.axis)
 
     def forward(x: Tensor) -> Tensor:
         region.streams.go(inside=False)
-        y = region.leave(region.deferral.linear(x, layer.weight))
+        y = region.leave(region.product(x, layer))
         return y if layer.bias is None else y + layer.bias
 
     layer.forward = forward
@@ -127,20 +181,21 @@ def rowwise_split_input(layer: nn.Linear, region: Region, entrance: Entrance) ->
 
 def embedding_rowwise(layer: nn.Embedding, region: Region, entrance: Entrance) -> None:
     """Cut the vocabulary: each rank looks up the ids it has, the others give zeros, and the parts are summed."""
-    _is_plain(layer, nn.Embedding)
+    if not hasattr(layer, "embed_scale"):  # one that looks up and then scales
+        _is_plain(layer, nn.Embedding)
     edges = bounds(layer.num_embeddings, region.axis.size)
     first, end = edges[region.axis.index], edges[region.axis.index + 1]
     if layer.max_norm is not None or layer.scale_grad_by_freq:
         raise ValueError("an embedding with max_norm or scale_grad_by_freq cannot be cut: leave it out of the plan")
     cut(layer, "weight", 0, region.axis)
-    padding = None if layer.padding_idx is None or not first <= layer.padding_idx < end else layer.padding_idx - first
+    padding, inner = layer.padding_idx, layer.forward
+    layer.padding_idx = None if padding is None or not first <= padding < end else padding - first
 
     def forward(ids: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
         here = (ids >= first) & (ids < end)
         elsewhere = ~here & (ids >= 0) & (ids < layer.num_embeddings)  # an id that is nowhere stays, and raises
         local = (ids - first).masked_fill(elsewhere, 0)
-        rows = F.embedding(local, layer.weight, padding) * here.unsqueeze(-1)
-        return leave(rows, region.axis)
+        return leave(inner(local) * here.unsqueeze(-1), region.axis)
 
     layer.forward = forward
 
@@ -185,24 +240,45 @@ def sequence_gather(layer: nn.Module, region: Region, entrance: Entrance) -> Non
 
 
 def moe_tp_experts(layer: nn.Module, region: Region, entrance: Entrance) -> None:
-    """Experts side by side, with weights `up` (E, in, hidden) and `down` (E, hidden, out), cut along hidden. The slots,
-    (E, N, in) -> (E, N, out), are the same on every rank; each has a partial sum of what comes out."""
-    if [name for name, _ in layer.named_parameters()] != ["up", "down"]:
-        raise ValueError(f"{type(layer).__name__}: moe_tp_experts needs the two weights up and down, and no others")
-    cut(layer, "up", 2, region.axis)
-    cut(layer, "down", 1, region.axis)
+    """Experts side by side. Entries for their parameters cut these along the hidden width. What goes in (tokens, and
+    perhaps what an expert weighs for each) is the same on every rank, and each has a partial sum of what comes out."""
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() > 1 and not is_cut(parameter, region.axis):
+            raise ValueError(
+                f"moe_tp_experts sums what ranks have of experts, but the plan does not cut their {name!r}"
+            )
     inner = layer.forward
 
-    def forward(slots: Tensor) -> Tensor:
-        return leave(inner(enter(slots, region.axis, meanwhile=region.deferral.meanwhile)), region.axis)
+    def into(x: Tensor) -> Tensor:
+        return enter(x, region.axis, meanwhile=region.deferral.meanwhile) if x.is_floating_point() else x
 
-    layer.forward = forward
+    layer.forward = lambda *arguments: leave(inner(*map(into, arguments)), region.axis)
+
+
+def divided(layer: Any, region: Region, entrance: Entrance, *names: str) -> None:
+    """A layer that knows by numbers how wide it is (heads, features): each rank has its share of them."""
+    for name in names:
+        value, ranks = getattr(layer, name), region.axis.size
+        if value % ranks:
+            raise ValueError(f"{region.axis.name}={ranks} does not divide {name}={value} of {type(layer).__name__}")
+        setattr(layer, name, value // ranks)
+
+
+def all_reduce_output(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """A layer that gives a partial sum."""
+    inner = layer.forward
+    layer.forward = lambda *arguments, **more: leave(inner(*arguments, **more), region.axis)
+
+
+def as_it_is(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """Whole on every rank, and so is its gradient."""
 
 
 STYLES: dict[str, Callable[..., Head | None]] = {
     style.__name__: style
     for style in (
         colwise,
+        packed_colwise,
         colwise_gather_output,
         rowwise,
         rowwise_split_input,
@@ -212,8 +288,27 @@ STYLES: dict[str, Callable[..., Head | None]] = {
         sequence_split,
         sequence_gather,
         moe_tp_experts,
+        divided,
     )
-}
+} | {"all_reduce": all_reduce_output, "replicate": as_it_is, "local_params": as_it_is}
+
+
+# Where a plan names a parameter, its layer's forward stays as it is. What counts is the dim, whatever it means there.
+DIMS = {"colwise": -2, "packed_colwise": -2, "rowwise": -1, "packed_rowwise": -1}
+PARAMETER_STYLES = (*DIMS, "replicated_with_grad_allreduce", "replicate")
+
+
+def cut_parameter(owner: nn.Module, name: str, region: Region, style: str, *sections: str) -> None:
+    parameter = getattr(owner, name)
+    if style in DIMS:
+        dim = max(DIMS[style], -parameter.dim())
+        packed = sizes(sections, parameter.size(dim)) if style.startswith("packed") else ()
+        cut(owner, name, dim, region.axis, packed)
+    elif style == "replicated_with_grad_allreduce":
+        _mark_partial(parameter)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------
 
 
 def pattern(name: str) -> str:
@@ -229,44 +324,108 @@ def layers_of_style(model: nn.Module, plan: dict[str, str], style: str) -> Itera
 
 
 def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
-    """Cut, in place, every layer that the plan names; `*` in a name stands for a number.
+    """Cut, in place, every layer and parameter that the plan names.
 
-    ValueError: a style that is not known, an entry that matches no layer, heads that the axis does not divide.
+    ValueError: a style that is not known, an entry that matches nothing, heads that the axis does not divide; and what
+    would be wrong without a word: a weight that is cut and that another layer uses, too, or a norm of heads left out.
     """
-    layers = {name: pattern(name) for name, _ in model.named_modules()}
-    for entry, style in plan.items():
-        if style not in STYLES:
-            raise ValueError(f"plan: style {style!r} of {entry!r} is not known; known are {', '.join(STYLES)}")
-        if entry not in layers.values():
-            near = difflib.get_close_matches(entry, set(layers.values()), 3, 0.4) or sorted(set(layers.values()))[1:6]
-            raise ValueError(f"plan: {entry!r} matches no layer; there are {', '.join(near)}")
+    layers, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    _check_entries(plan, {pattern(name) for name in layers}, {pattern(name) for name in parameters})
     if region.sequence and "sequence_split" not in plan.values():
         raise ValueError(
             "sequence_parallel=True needs a plan that says where the sequence is cut: a layer with the "
             "style sequence_split, and sequence_parallel for the norms between"
         )
-    entrances: dict[str, Entrance] = {}
+    styles = {name: parse(plan[pattern(name)]) for name in (*layers, *parameters) if pattern(name) in plan}
+    for name in parameters:
+        if name in styles:
+            owner, _, own_name = name.rpartition(".")
+            cut_parameter(layers[owner], own_name, region, *styles[name])
+    siblings: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
+    for name in layers:
+        if name in styles:
+            siblings[name.rpartition(".")[0]][name] = styles[name]
     *_, last = layers
-    for name, entry in layers.items():
-        if entry in plan:
-            parent, layer = name.rpartition(".")[0], model.get_submodule(name)
-            if parent not in entrances:
-                entrances[parent] = Entrance(region.enter)
-                model.get_submodule(parent).register_forward_hook(entrances[parent].forget, always_call=True)
-            _check_heads(parent, model.get_submodule(parent), layer, plan[entry], region.axis)
-            head = STYLES[plan[entry]](layer, region, entrances[parent])
-            if head and name == last:  # a gather anywhere else is an ordinary one
-                region.heads.append(head)
+    for parent, children in siblings.items():
+        entrance = Entrance(region.enter)
+        layers[parent].register_forward_hook(entrance.forget, always_call=True)
+        few = _few_heads(parent, layers[parent], children, region.axis)
+        for name, (style, *arguments) in children.items():
+            if name in few:
+                colwise_for_some_heads(layers[name], region, entrance, few[name])
+            elif (head := STYLES[style](layers[name], region, entrance, *arguments)) and name == last:
+                region.heads.append(head)  # a gather anywhere else is an ordinary one
+    _check_ties(layers, styles, region.axis)
 
 
-def _check_heads(name: str, attention: nn.Module, layer: nn.Module, style: str, axis: Axis) -> None:
-    """A column cut of an attention must fall between heads."""
-    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
-    if head_dim and style == "colwise" and isinstance(layer, nn.Linear):
-        heads = layer.out_features // head_dim
-        if heads % axis.size:
-            fits = [n for n in range(1, heads + 1) if heads % n == 0]
-            raise ValueError(f"tp={axis.size} does not divide the {heads} heads of {name}; tp can be one of {fits}")
+def parse(style: str) -> tuple[str, ...]:
+    """ "packed_colwise(3)" -> ("packed_colwise", "3")"""
+    name, _, arguments = style.removesuffix(")").partition("(")
+    return (name, *(x.strip() for x in arguments.split(",") if x.strip()))
+
+
+def _check_entries(plan: dict[str, str], layers: set[str], parameters: set[str]) -> None:
+    for entry, style in plan.items():
+        known = PARAMETER_STYLES if entry in parameters - layers else STYLES
+        if parse(style)[0] not in known:
+            raise ValueError(f"plan: {entry!r} cannot be {style!r}, only one of {', '.join(known)}")
+        if entry not in layers | parameters:
+            near = difflib.get_close_matches(entry, layers, 3, 0.4) or sorted(layers)[1:6]
+            raise ValueError(f"plan: {entry!r} matches no layer; there are {', '.join(near)}")
+
+
+def _check_ties(layers: dict[str, nn.Module], styles: dict[str, tuple[str, ...]], axis: Axis) -> None:
+    for owner, layer in layers.items():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if is_cut(parameter, axis) and parameter.dim() > 1 and not {owner, f"{owner}.{name}"} & styles.keys():
+                raise ValueError(f"plan: {owner!r} has the weight of a layer that is cut, so it needs a style, too")
+
+
+def _few_heads(name: str, attention: Any, styles: dict[str, tuple[str, ...]], axis: Axis) -> dict[str, Tensor]:
+    """A column cut of an attention must fall between heads. Keys and values may have fewer heads than there are ranks:
+    layer -> the features of them that this rank's queries read, a head for each."""
+    size: Any = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    heads = {layer: _heads(attention, layer, style, size) for layer, style in styles.items()} if size else {}
+    queries, few = max(chain(*heads.values()), default=0), {}
+    for layer, counts in heads.items():
+        if all(n % axis.size == 0 for n in counts):
+            continue
+        groups = getattr(attention, "num_key_value_groups", 1)
+        if groups == 1 or counts != [queries // groups] or queries % axis.size:
+            n = next(n for n in counts if n % axis.size)
+            fits = [ranks for ranks in range(1, n + 1) if n % ranks == 0]
+            raise ValueError(
+                f"{axis.name}={axis.size} does not divide the {n} heads of {name}; it can be one of {fits}"
+            )
+        read = torch.arange(queries).chunk(axis.size)[axis.index] // groups
+        few[layer] = (read[:, None] * size + torch.arange(size)).flatten()
+    if few:
+        attention.num_key_value_groups = 1  # each query has a head of keys for itself
+    if queries:
+        _check_norms_of_heads(name, attention, styles, size)
+    return few
+
+
+def _heads(attention: nn.Module, name: str, style: tuple[str, ...], size: int) -> list[int]:
+    """How many heads a layer gives, for each of the parts that are packed into it; none if it is not cut by heads."""
+    layer: Any = attention.get_submodule(name.rpartition(".")[2])
+    if style[0] not in ("colwise", "packed_colwise"):
+        return []
+    width = layer.weight.size(_out_dim(layer))
+    return [n // size for n in (sizes(style[1:], width) if style[0] == "packed_colwise" else [width])]
+
+
+def _check_norms_of_heads(name: str, attention: nn.Module, styles: dict[str, tuple[str, ...]], size: int) -> None:
+    """A norm that is used on each head sees those of this rank only. Without a word of the plan its gradients would be
+    partial sums, and nothing would tell."""
+    for child, layer in attention.named_children():
+        of_heads = any(p.size(-1) == size for p in layer.parameters(recurse=False)) and not isinstance(layer, nn.Linear)
+        if of_heads and f"{name}.{child}" not in styles:
+            entry = pattern(f"{name}.{child}")
+            raise ValueError(
+                f"plan: {entry!r} is left out, but heads are cut. Where it sees heads, its gradients are partial sums: "
+                f"{entry!r}: 'replicated_with_grad_allreduce'. Where all ranks see the same: {entry!r}: 'replicate'"
+            )
 
 
 # -- the loss over a cut vocabulary --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import context, cut, data, tensor
+from . import context, cut, data, interop, tensor
 from .collectives import (
     Axis,
     all_gather,
@@ -164,6 +164,7 @@ class Parallel:
 
         _check_replicas(model, self.device)
         self.module = _twin(model).to(self.device)
+        interop.prepare(self.module)
         self.state_names = _first_names(self.module)
         self.everything = dict(self.module.named_parameters())  # of all stages: name -> parameter
         self.shapes = {name: p.shape for name, p in self.everything.items()}
@@ -185,7 +186,7 @@ class Parallel:
         self.trained = {name for name, p in self.everything.items() if p.requires_grad}
         mine = {stage for stage, index in self.owner.items() if index == self.pp.index}
         needs_blocks = zero == 3 or options.recompute != "none" or options.wrap is not None
-        self.stages = Stages(self.module, len(self.owner), mine, needs_blocks)
+        self.stages = Stages(self.module, len(self.owner), mine, needs_blocks, interop.blocks_of(self.module))
         self.homes = {name: self.stages.homes[p] for name, p in self.everything.items()}
         self.here = {name: p for name, p in self.everything.items() if self.homes[name] & mine}
         _own_memory(self.here.values(), model)
@@ -760,12 +761,14 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 def _plan(model: nn.Module, given: dict[str, str] | None, tp: Axis) -> dict[str, str]:
     if given is None and tp.size == 1:
         return {}  # one rank cuts nothing: the model's layers are as fast as they were
-    plan = getattr(model, "tp_plan", None) if given is None else given
+    plan = interop.plan_of(model) if given is None else given
     if not plan and tp.size > 1:
+        draft = "".join(f"\n    {layer!r}: {style!r}," for layer, style in interop.draft(model).items())
+        draft = draft and f". By the shapes of its layers it may be{draft}\nCompare gradients before you trust it"
         raise ValueError(
-            f"tp={tp.size} needs a plan: {type(model).__name__} has no tp_plan; give plan={{layer: style}}"
+            f"tp={tp.size} needs a plan: {type(model).__name__} has no tp_plan; give plan={{layer: style}}{draft}"
         )
-    return plan or {}
+    return plan
 
 
 def _place_of_the_cut(model: nn.Module, given: dict[str, str] | None) -> nn.Module:
@@ -776,7 +779,7 @@ def _place_of_the_cut(model: nn.Module, given: dict[str, str] | None) -> nn.Modu
 
 
 def _layers_of_style(model: nn.Module, given: dict[str, str] | None, style: str) -> list[nn.Module]:
-    plan = getattr(model, "tp_plan", {}) if given is None else given
+    plan = interop.plan_of(model) if given is None else given
     return list(tensor.layers_of_style(model, plan, style))
 
 

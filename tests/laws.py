@@ -164,11 +164,13 @@ def double_precision():
     import minipar.checkpoint  # noqa: F401  what it imports makes tables of dtypes, once: not in here
 
     single, to_single = torch.float32, Tensor.float
-    torch.float32, Tensor.float = torch.float64, Tensor.double
+    torch.float32 = torch.float = torch.float64
+    Tensor.float = Tensor.double
     try:
         yield
     finally:
-        torch.float32, Tensor.float = single, to_single
+        torch.float32 = torch.float = single
+        Tensor.float = to_single
 
 
 def problems(

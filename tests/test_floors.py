@@ -23,6 +23,7 @@ FLOORS = [
     {"cut", "prediction", "published"},  # what is kept of a parameter; what a step takes, and took others
     # One file a strategy.
     {"data", "zero", "tensor", "pipeline", "context", "expert", "rings", "recording", "recompute", "wrap"},
+    {"interop"},  # models of others, for tensor and pipeline
     # The only one that knows every strategy; the one that tries every layout; what this machine takes for one.
     {"train", "planner", "machine"},
 ]

@@ -105,7 +105,8 @@ def test_a_llama_is_cut_as_its_own_plan_says(world2):
         written = parallel.generate(batch()[0]["input_ids"][:2, :4], 3)
         return {name: tuple(p.shape) for name, p in parallel.named_parameters()}, logits, written
 
-    model = llama()
+    with double_precision():
+        model = llama()
     with torch.no_grad(), double_precision():
         wanted = model(**batch()[0]).logits
         written = model.generate(batch()[0]["input_ids"][:2, :4], max_new_tokens=3, do_sample=False, eos_token_id=-1)

@@ -1,0 +1,145 @@
+"""Models of transformers: what has to be known of them beyond what they say themselves.
+
+Most publish a plan of how their layers may be cut (`tp_plan`), and all mark their blocks, so they are laid out as our
+own model is. What is left stands here: plans for those that publish none, a first plan for a model that nobody knows
+yet, what an encoder hands to its decoder, and what cannot be had on a mesh.
+"""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from .pipeline import Blocks
+from .tensor import pattern
+
+# -- plans ---------------------------------------------------------------------------------------------------
+
+
+def lines(block: str, styles: dict[str, str]) -> dict[str, str]:
+    """A plan for the layers of a block. styles: style -> layers, with blanks between them."""
+    return {f"{block}.*.{layer}": style for style, layers in styles.items() for layer in layers.split()}
+
+
+BERT = {
+    "colwise": "attention.self.query attention.self.key attention.self.value intermediate.dense",
+    "rowwise": "attention.output.dense output.dense",
+}
+DISTILBERT = {
+    "colwise": "attention.q_lin attention.k_lin attention.v_lin ffn.lin1",
+    "rowwise": "attention.out_lin ffn.lin2",
+}
+GPT2 = {
+    "divided(split_size)": "attn",
+    "packed_colwise(3)": "attn.c_attn",
+    "colwise": "mlp.c_fc",
+    "rowwise": "attn.c_proj mlp.c_proj",
+}
+VIT = {
+    "colwise": "attention.q_proj attention.k_proj attention.v_proj mlp.fc1",
+    "rowwise": "attention.o_proj mlp.fc2",
+}
+WHISPER = {
+    "divided(num_heads)": "self_attn",
+    "colwise": "self_attn.q_proj self_attn.k_proj self_attn.v_proj fc1",
+    "rowwise": "self_attn.out_proj fc2",
+}
+CROSS = {style: layers.replace("self_attn", "encoder_attn") for style, layers in WHISPER.items()}
+
+# By model_type, and with names as in the model without a head. Embedding and head are added where they are found.
+PLANS = {
+    "bert": lines("encoder.layer", BERT),
+    "roberta": lines("encoder.layer", BERT),
+    "distilbert": lines("transformer.layer", DISTILBERT),
+    "gpt2": lines("h", GPT2),
+    "vit": lines("layers", VIT),
+    "whisper": lines("encoder.layers", WHISPER) | lines("decoder.layers", WHISPER) | lines("decoder.layers", CROSS),
+}
+
+
+def guests(model: nn.Module) -> dict[str, Any]:
+    """The models of transformers in a model, by name: it may be one itself, and have others as its parts."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return {}
+    from transformers.modeling_utils import PreTrainedModel
+
+    return {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+
+
+def plan_of(model: nn.Module) -> dict[str, str]:
+    """The plan that a model comes with, or that is known for it here; else an empty one."""
+    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    parts, names = guests(model), {part: name for name, part in model.named_modules()}
+    if not parts:
+        return plan
+    for name, part in parts.items():
+        if part.tp_plan or part.config.model_type not in PLANS:
+            continue
+        if part.base_model is part:
+            plan = plan | {
+                f"{name}.{layer}".lstrip("."): style for layer, style in PLANS[part.config.model_type].items()
+            }
+        if isinstance(embedding := part.get_input_embeddings(), nn.Embedding):
+            plan = plan | {pattern(names[embedding]): "embedding_rowwise"}
+        if isinstance(head := part.get_output_embeddings(), nn.Linear):
+            plan = plan | {pattern(names[head]): "colwise_gather_output"}
+    there = {pattern(name) for name in (*names.values(), *dict(model.named_parameters(remove_duplicate=False)))}
+    return {entry: style for entry, style in plan.items() if entry in there}  # not every configuration has all layers
+
+
+def draft(model: nn.Module) -> dict[str, str]:
+    """A first plan for a model that has none, by the shapes of the layers of its blocks. What brings a token's row back
+    to its width is cut by rows: the last layer of an attention, and one that comes from another width. All others are
+    cut by columns. It may be wrong: compare gradients with one process."""
+    plan: dict[str, str] = {}
+    for name, blocks in (blocks_of(model) or Blocks({})).lists.items():
+        layers = {n: layer for n, layer in blocks[0].named_modules() if isinstance(layer, nn.Linear)}
+        width = next(iter(layers.values())).in_features if layers else 0
+        last = {n.split(".")[0]: n for n in layers}  # of each part of a block
+        for n, layer in layers.items():
+            back = layer.out_features == width and (layer.in_features != width or n in last.values())
+            plan[f"{name}.*.{pattern(n)}"] = "rowwise" if back else "colwise"
+    return plan
+
+
+# -- a model on a mesh -----------------------------------------------------------------------------------------
+
+
+def prepare(model: nn.Module) -> None:
+    """Leave out what is of no use on a mesh. ValueError for what cannot be had there."""
+    for part in guests(model).values():
+        part.config.use_cache = False  # keys and values of the whole forward, which nobody reads
+        if getattr(part, "is_quantized", False):
+            raise ValueError(f"{type(part).__name__} is quantized: load it with dtype=, without a quantization_config")
+        if getattr(part.config, "output_router_logits", False):
+            raise ValueError(
+                "output_router_logits adds to the loss of transformers, and here the loss is yours: set it False"
+            )
+        if getattr(part.config, "apply_spec_augment", False):
+            raise ValueError(
+                "apply_spec_augment draws its masks apart on each rank: set it False, and mask the features"
+            )
+    for name, layer in model.named_modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            raise ValueError(f"{name or type(model).__name__} checkpoints by itself: use recompute= of parallelize")
+        if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+            layer.is_transposed = True  # x @ weight, as GPT-2 has it
+
+
+def blocks_of(model: Any) -> Blocks | None:
+    """The blocks of a model of transformers, which marks them: one list, or that of an encoder and that of its decoder.
+    None for anything else."""
+    if not guests(model):
+        return None
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import BaseModelOutput
+
+    lists: dict[str, nn.ModuleList] = {}
+    for name, layer in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        marked = isinstance(layer, nn.ModuleList) and all(isinstance(x, GradientCheckpointingLayer) for x in layer)
+        if marked and len(layer) and not inside:
+            lists[name] = layer
+    if len(lists) == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return Blocks(lists, model.get_encoder(), lambda memory: BaseModelOutput(last_hidden_state=memory))
+    return Blocks(lists) if len(lists) == 1 else None

@@ -1,0 +1,104 @@
+"""Small models of transformers with random weights in float64, for the tests of the laws. Ranks import it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from typing import Any
+
+import torch
+from laws import stirred
+from torch import Tensor, nn
+
+VOCABULARY = 51  # odd, as GPT-2's
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+BERT = SIZES | IDS | {"max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LLAMA = SIZES | IDS | {"max_position_embeddings": 32, "num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 2}
+
+# name -> the class and its configuration
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", BERT),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        IDS
+        | {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+        | {"max_position_embeddings": 32, "dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "roberta": ("RobertaForMaskedLM", BERT),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        IDS
+        | {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "mistral": ("MistralForCausalLM", LLAMA | {"sliding_window": 6}),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
+    "gemma": ("GemmaForCausalLM", LLAMA | {"head_dim": 8}),
+    "gemma2": ("Gemma2ForCausalLM", LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
+    "phi": ("PhiForCausalLM", LLAMA),
+    "phi3": ("Phi3ForCausalLM", LLAMA),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA),
+    "vit": (
+        "ViTForImageClassification",
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"image_size": 16, "patch_size": 4, "num_labels": 7},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        IDS
+        | {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32, "decoder_start_token_id": 1}
+        | {"dropout": 0.0},
+    ),
+    "mixtral": ("MixtralForCausalLM", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"mlp_only_layers": [1]},
+    ),
+}
+
+
+def build(name: str, **changes: Any) -> nn.Module:
+    """A model for training, away from its initial point. changes: of its configuration."""
+    import transformers
+
+    kind, values = MODELS[name]
+    model_type = getattr(transformers, kind)
+    config = model_type.config_class(**values | changes)
+    config._experts_implementation = "eager"  # the usual one has no float64
+    config._attn_implementation = "eager" if name == "gemma2" else "sdpa"
+    usual = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        return stirred(model_type(config).double()).train()
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def batch(name: str, rows: int = 5, length: int = 12) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and labels: rows of unequal length where the model takes a mask, and labels for what it keeps."""
+    draw = torch.Generator().manual_seed(2)
+    if name == "vit":
+        pixels = torch.randn(rows, 3, 16, 16, generator=draw, dtype=torch.float64)
+        return {"pixel_values": pixels}, torch.randint(7, (rows,), generator=draw)
+    ids, labels = (torch.randint(3, VOCABULARY, (rows, length), generator=draw) for _ in range(2))
+    kept = torch.arange(length) < length - torch.arange(rows)[:, None] * 2 % (length - 2)
+    labels = labels.masked_fill(~kept, -100)
+    if name == "whisper":
+        sound = torch.randn(rows, 8, 32, generator=draw, dtype=torch.float64)
+        return {"input_features": sound, "decoder_input_ids": ids}, labels
+    return {"input_ids": ids.masked_fill(~kept, 0), "attention_mask": kept.long()}, labels
