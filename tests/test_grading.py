@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import mutants
 import nbformat
 import pytest
 from nbformat import NotebookNode
@@ -26,10 +27,10 @@ def read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def course_of(folder: Path, name: str, attempts: list[tuple[str, str]]) -> Path:
+def course_of(folder: Path, name: str, attempts: list[tuple[str, str]], seconds: float | None = None) -> Path:
     """A course whose tasks are tasks of the notebook `name`, one for each (task, answer): all share a kernel.
 
-    Returns the learner's file, with the answers in it.
+    seconds: that a check may take, in place of its own limit. Returns the learner's file, with the answers in it.
     """
     solution = read(ROOT / "solutions" / f"{name}.ipynb")
     given = {kind: {c.metadata[kind]: c for c in solution.cells if kind in c.metadata} for kind in ("task", "check")}
@@ -39,6 +40,7 @@ def course_of(folder: Path, name: str, attempts: list[tuple[str, str]]) -> Path:
         for kind, cells in given.items():
             cell = nbformat.from_dict(cells[task])
             cell.id, cell.metadata[kind] = f"{kind}-{number}", f"{task}/{number}"
+            cell.metadata["seconds"] = seconds or cell.metadata.get("seconds", 60)
             reference.append(cell)
         learner.append(nbformat.v4.new_code_cell(answer, id=f"task-{number}"))
     for place, cells in (("solutions", reference), ("exercises", learner)):
@@ -73,6 +75,12 @@ def test_solutions_pass_blanks_are_to_do_and_wrong_answers_are_refused_by_name(n
         if quoted:
             other.append(f"{task}\n{answer}\nis told of code that gives things away: {verdict.reason}")
     assert not other, "\n\n".join(other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_mistake_in_a_solution_is_noticed(name):
+    """One of each task; `python tests/mutants.py` plants them all."""
+    assert mutants.survivors(name, sample=1)[1] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

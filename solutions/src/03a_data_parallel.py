@@ -886,7 +886,7 @@ with verdict():
     lost = list(returned(lost_numbers(), "lost_numbers"))
     assert len(lost) == 2, f"lost_numbers gives {lost}: how many does `one[:fits]` drop?"
     assert sorted(lost) == [8, 9], f"lost_numbers gives {lost}: `one[:fits]` keeps the first ones. Numbers begin at 0."
-    for numbers, n in [(10, 4), (8, 4), (7, 2)]:
+    for numbers, n in [(10, 4), (8, 4), (9, 4), (7, 2)]:
         answers = on_each_rank(add_up, my_share_of_gradients, numbers, dp=n)[:: 4 // n]
         size, case = -(-numbers // n), f"{numbers} numbers on {n} ranks"
         whole = 111 * sum(range(n + 1)) * torch.arange(1, numbers + 1, dtype=torch.float64)
