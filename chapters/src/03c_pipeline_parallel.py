@@ -1252,10 +1252,11 @@ assert abs(bubble(simulate(one_f_one_b(8, 56))) - 7 / 63) < 1e-12  # the first a
 assert in_flight(one_f_one_b(8, 56)[0]) == 8
 
 # %% [markdown] lang="en"
-# **Next:** [Long context](03e_long_context.ipynb). Before that, a glimpse of other schedules. The bubble can be made
-# smaller with the same microbatches. One way gives each rank several thin slices in place of a thick one. Another one
-# splits backward into the two halves that you saw as `backward_input` and `backward_weight`: only the first is awaited
-# by another rank, so the second can fill the gaps. With four ranks and eight microbatches each:
+# **Next:** [Long context](03e_long_context.ipynb). If you want to know how the bubble shrinks further, read
+# [Schedules](03d_schedules.ipynb) first; it is optional. A glimpse: one way gives each rank several thin slices in
+# place of a thick one. Another one splits backward into the two halves that you saw as `backward_input` and
+# `backward_weight`. Only the first is awaited by another rank, so the second can fill the gaps. With four ranks and
+# eight microbatches each:
 
 # %%
 for make in (one_f_one_b, minipar.interleaved, minipar.zero_bubble_h1):
