@@ -50,6 +50,11 @@ SURVIVORS = {
     ("03a.9", "loss.detach() -> loss"): "the same loss; its graph lives on until the step ends",
     ("03a.10", "own.detach() -> own"): "the same weights; the caller detaches them, too",
     ("03a.11", "torch.zeros((), dtype=torch.float64) -> torch.zeros(())"): "a zero without dimensions takes any dtype",
+    ("09.5", "seed * 1000000 + step -> seed * 1000000 - step"): "still another number for each",
+    ("09.5", "1000 -> 1001"): "still another number for each",
+    ("09.5", "1000000 -> 1000001"): "still another number for each",
+    ("09.5", "1 -> 2"): "still another number for each",
+    ("09.7", "pending.wait() -> (nothing)"): "the message leaves all the same; its memory is not used again here",
 }
 
 
