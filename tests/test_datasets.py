@@ -102,7 +102,7 @@ def test_a_download_is_made_once_and_checked(films):
     found = reviews()
     assert found.texts == ["dull .", "long and dull .", "très good ."]
     assert [found.names[label] for label in found.labels] == ["negative", "negative", "positive"]
-    assert found.sources == ["rt-polarity.neg", "rt-polarity.neg", "rt-polarity.pos"]
+    assert found.sources == ["rt-polarity.neg:1", "rt-polarity.neg:2", "rt-polarity.pos:1"]
     assert kept() == FILES and sorted(films.asked) == sorted(films.files)
     assert reviews() == found and len(films.asked) == 2, "what is in the cache is not asked for again"
 

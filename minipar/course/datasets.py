@@ -38,7 +38,8 @@ class NotAvailable(RuntimeError):
 
 
 class Texts(NamedTuple):
-    """Rows of text. labels: of each row its place in `names`. sources: the file that a row is from."""
+    """Rows of text. labels: of each row its place in `names`. sources: where a row is from; rows with the same source
+    are alike, so a fair test has none from a source that was learned from."""
 
     texts: list[str]
     labels: list[int]
@@ -70,7 +71,7 @@ def reviews(data_dir: Folder | None = None) -> Texts:
         rows = [line.strip() for line in lines if line]
         found.texts.extend(rows)
         found.labels.extend([label] * len(rows))
-        found.sources.extend([file] * len(rows))
+        found.sources.extend(f"{file}:{line}" for line in range(1, len(rows) + 1))
     return found
 
 
@@ -124,7 +125,7 @@ def docstrings() -> Texts:
 
     A row is the prose at the beginning of a docstring, at most 60 words. Left out is what would give the library away:
     its names, prompts, code, markup and the lists of parameters, which each library formats in its own way. Equal rows
-    are there once. Rows of one file are alike, so a fair test set takes whole files: see `Texts.sources`.
+    are there once. `Texts.sources` are files: of one file, rows are alike.
 
     Nothing is imported or run: sources are read. They are the same wherever the same versions are installed.
     """
