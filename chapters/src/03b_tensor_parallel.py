@@ -701,7 +701,7 @@ except RankError as report:
 
 # %% [markdown] lang="en"
 # (Models with *grouped-query attention* have fewer heads for keys and values than for queries: 8 in all sizes of Llama
-# 3, [Llama Team 2024](https://arxiv.org/abs/2407.21783). There those limit $t$, or have to be copied.)
+# 3, [Llama Team 2024](https://arxiv.org/abs/2407.21783). With more ranks than that, each head of keys is on several.)
 #
 # ## 6. A whole model, and what it sends
 #
@@ -751,10 +751,11 @@ assert off < 1e-12 and calls == 4 * 4 and sent == 4 * 8 * b * s * h * 3 / 4 * 8
 viz.show_source(tensor.colwise, tensor.rowwise)
 
 # %% [markdown] lang="en"
-# You know nearly all of it. `_is_plain` refuses a layer with a forward of its own. `streams.go` is for section 9,
-# `sequence` for section 8. `deferral.linear` is a linear layer that computes the gradient of its weight a little
-# later: while the all-reduce of the input's gradient is under way. Nobody waits for the gradient of a weight, so it can
-# fill that time.
+# You know nearly all of it. `_is_plain` refuses a layer with a forward of its own. `sections` are for other models, in
+# which several matrices lie in one (q, k and v, say), `_out_dim` and `_in_dim` for layers that store their weight as
+# (in, out). `streams.go` is for section 9, `sequence` for section 8. `region.product` is a linear layer that computes
+# the gradient of its weight a little later: while the all-reduce of the input's gradient is under way. Nobody waits for
+# the gradient of a weight, so it can fill that time.
 #
 # `parallelize(model, Mesh(tp=4))` goes through all layers. **Predict:** how many of the 940,800 parameters does each
 # of 4 ranks hold: exactly a quarter, more, less?
@@ -1318,32 +1319,38 @@ for layer, style in model.tp_plan.items():
 # rotary positions and fewer heads for keys and values (2) than for queries (4).
 #
 # **Predict:** two ranks, `parallelize(guest(), Mesh(tp=2))`, and nothing else. Is the gradient the one that
-# transformers and PyTorch compute in one process? And why not on four ranks?
+# transformers and PyTorch compute in one process? And on four ranks, two for each head of keys?
 
 # %%
 prediction = None
 
 
-def guest_in_two(tokens, targets):
-    model = parallelize(guest(), Mesh(tp=2))
+def guest_in_parts(ranks, tokens, targets):
+    model = parallelize(guest(), Mesh(tp=ranks))
     model.step(tokens, targets)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return model.full_gradients(), shapes["model.layers.0.self_attn.k_proj.weight"], shapes["lm_head.weight"]
 
 
 F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()).backward()
+print("you wrote:", prediction)
 with World(2) as two:
-    for rank, (found, keys, head) in enumerate(two.run(guest_in_two, tokens, targets)):
-        off = distance(found, gradients(model))
-        print(f"rank {rank}: k_proj {keys}, head {head}, distance to one process {off:.0e}")
-        assert off < 1e-12 and keys == (2 * 16 // 2, 64) and head == (256, 64)
+    answers = {one.n: one.run(guest_in_parts, one.n, tokens, targets) for one in (two, world)}
+for ranks, parts in answers.items():
+    off = max(distance(found, gradients(model)) for found, _, _ in parts)
+    _, keys, head = parts[0]
+    print(f"tp={ranks}: k_proj {keys}, head {head} on each rank, distance to one process {off:.0e}")
+    assert off < 1e-12 and keys == (16 if ranks == 2 else 32, 64) and head == (512 // ranks, 64)
 
 # %% [markdown] lang="en"
-# Equal, though the author of the model never saw this course. (On four ranks, 2 heads of keys are too few.)
+# Equal, though the author of the model never saw this course. On four ranks there are too few heads of keys to share
+# out. There each rank keeps the whole layer, computes both heads, and goes on with the one that its queries read. Then
+# the gradient of that layer is a partial sum, and is summed at the end of the step, as those of the norms in section 8.
 #
 # A plan can be wrong, too. A name that matches nothing, or a style that does not exist, is refused with what would
 # fit. But one can also run and be wrong. Qwen3's plan, say, gives the norms inside its heads the style
-# `replicated_with_grad_allreduce`. Without that entry their gradients are partial sums, and only the law tells.
+# `replicated_with_grad_allreduce`. Without that entry their gradients would be partial sums. minipar refuses a plan
+# without it, since it looks for this very case. For the next one, only the law tells.
 #
 # ## 11. When does it pay?
 #
@@ -1456,8 +1463,8 @@ print("you wrote:", prediction)
 # - **It does not pay** for a model that fits: data parallelism sends less often, and nothing waits for it. Nor across
 #   machines. Nor for small $h$, where a quarter of a matrix is too small to keep a GPU busy. (The estimate knows
 #   nothing of that last point.)
-# - **Its limits:** $t$ divides the heads, or the heads of keys and values. Copies remain: norms, and without sequence
-#   parallelism the activations between the cut regions.
+# - **Its limits:** $t$ divides the heads of queries. Copies remain: norms, heads of keys where there are fewer than
+#   $t$, and without sequence parallelism the activations between the cut regions.
 #
 # What has become of the document's four steps? *Split the model*: by layers or by neurons, and only the second keeps
 # all ranks busy on one microbatch. *Pass parameters and gradients*: activations, and their gradients. *Compute
@@ -1504,8 +1511,12 @@ assert 8 * 8192 * 8192 * 7 // 8 * 2 == 939_524_096 and round(2 * 12 * 8192**2 / 
 world.close()
 
 # %% [markdown] lang="en"
-# **Next:** [03c, pipeline parallelism](03c_pipeline_parallel.ipynb), which takes the layers on different ranks from
-# section 1, and gives the idle ones something to do.
+# **Next:** [the exercises](../exercises/03b_tensor_parallel.ipynb), eight graded tasks, from the two cuts to dropout:
+#
+#     python -m minipar grade exercises/03b_tensor_parallel.ipynb
+#
+# Then [03c, pipeline parallelism](03c_pipeline_parallel.ipynb), which takes the layers on different ranks from section
+# 1, and gives the idle ones something to do.
 #
 # ## References
 #
