@@ -1903,7 +1903,8 @@ for some in (world, eight, single):
 room.cleanup()
 
 # %% [markdown] lang="en"
-# **Next:** [The mathematics](04a_math.ipynb): why sharded gradients equal whole ones.
+# **Next:** [Claims, measured](03i_claims.ipynb): what the document says is good and bad about each strategy, and when
+# it holds. Or go on to [The mathematics](04a_math.ipynb): why sharded gradients equal whole ones.
 #
 # ## References
 #
