@@ -49,6 +49,9 @@ SWAPS: dict[type, type] = {
 SURVIVORS = {
     ("03a.9", "loss.detach() -> loss"): "the same loss; its graph lives on until the step ends",
     ("03a.10", "own.detach() -> own"): "the same weights; the caller detaches them, too",
+    ("03c.8", "axis.index % 2 == turn -> axis.index % 2 != turn"): "no deadlock either: one pair after the other",
+    ("03c.8", "axis.index % 2 != turn -> axis.index % 2 == turn"): "no deadlock either: one pair after the other",
+    ("03c.8", "axis.index % 2 -> axis.index // 2"): "no deadlock either: one pair after the other",
     ("03a.11", "torch.zeros((), dtype=torch.float64) -> torch.zeros(())"): "a zero without dimensions takes any dtype",
     ("09.5", "seed * 1000000 + step -> seed * 1000000 - step"): "still another number for each",
     ("09.5", "1000 -> 1001"): "still another number for each",
