@@ -180,8 +180,10 @@ def measure(config: Config, layouts: Sequence[Layout], rows: int = 16, rounds: i
 def observe(config: Config, rows: int = 16, ranks: Sequence[int] = WORLDS, rounds: int = 4) -> Observations:
     """Measure what a fit needs, in Worlds of so many ranks. The number of cores has to be one of them."""
     few, layout = max(rows // 8, 1), Layout(Mesh(dp=cores()))
+    rows = -(-rows // cores()) * cores()  # so that every rank of the step gets as many
     shapes = list(product((1, min(config.heads, 4)), (1, config.depth), (few, 4 * few)))
-    talks = [(n, line, op, size) for n in ranks for line in ranks for op in OPS for size in SIZES if 1 < line <= n]
+    lines = [(n, line) for n in ranks for line in ranks if 1 < line <= n and n % line == 0]
+    talks = [(n, line, op, size // (4 * line) * 4 * line) for n, line in lines for op in OPS for size in SIZES]
     jobs: list[Job] = [(n, _compute, (config, 1, few)) for n in ranks]
     jobs += [(cores(), _compute, (replace(config, depth=blocks), tp, some)) for tp, blocks, some in shapes]
     jobs += [(n, _talking, (config, line, op, size)) for n, line, op, size in talks]

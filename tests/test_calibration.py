@@ -174,3 +174,11 @@ def test_steps_of_this_machine_are_predicted_roughly():
     layouts = [Layout(Mesh(pp=cores()), 4), Layout(Mesh(tp=cores())), Layout(Mesh(dp=cores()), 2)]
     seen = cal.compare(machine, config, layouts, rows=8)
     assert all(1 / 3 < p / m < 3 for p, m in zip(seen.predicted, seen.measured, strict=True)), seen
+
+
+def test_any_number_of_cores_will_do(monkeypatch):
+    """Three ranks divide neither the rows nor the sizes of what is sent, and are no line of a mesh of four."""
+    monkeypatch.setattr(cal, "cores", lambda: 3)
+    config = Config(vocab=64, context=16, depth=2, width=16, heads=4)
+    machine = cal.calibrate(config, rows=8, ranks=(3, 4))
+    assert machine.step_seconds(Layout(Mesh(dp=4)), 8) > 0 and set(machine.talk) == {3, 4}
