@@ -165,8 +165,8 @@ def forwards_of(program):
     return [(action.stage, action.microbatch) for action in program if action.op == Op.F]
 
 
-print("the package's:", *(f"F{m}/s{stage}" for stage, m in forwards_of(around[0])))
-print("yours:        ", *(f"F{m}/s{stage}" for stage, m in my_forwards(0, 4, 8, 2)))
+for label, order in (("the package's", forwards_of(around[0])), ("yours", my_forwards(0, 4, 8, 2))):
+    print(f"{label}: microbatches", " ".join(f"{m}/s{stage}" for stage, m in order), sep="\n  ")
 
 
 # %% jupyter={"source_hidden": true}
@@ -231,7 +231,8 @@ def length(v, message):
 
 lengths = {message: [length(v, message) for v in chunks] for message in links}
 best = {message: chunks[ends.index(min(ends))] for message, ends in lengths.items()}
-print("you wrote:", prediction, "- fastest with:", ", ".join(f"{v} chunks at {c:g} F" for c, v in best.items()))
+print("you wrote:", prediction)
+print("fastest:", ", ".join(f"{v} chunks at {c:g} F" for c, v in best.items()))
 assert best == {0: 8, 0.05: 4, 0.1: 3, 0.2: 2} and length(4, 0.1) < length(2, 0.1) < length(8, 0.1)
 
 # %%
@@ -551,8 +552,8 @@ for p in range(1, 7):
 
 # %% [markdown] lang="en"
 # 27 units, 3 idle ones in place of 9, and no rank keeps more than rank 0 did: **ZB-H1** of Qi et al. 2023. A third of
-# the bubble, from one more line in the rule. Look at rank 3: it begins with F and I by turns, puts off three W's, and
-# does them at the very end, while the last I's climb.
+# the idle time, from one more line in the rule. Look at rank 3: it begins with F and I by turns, puts off three W's,
+# and does them at the very end, while the last I's climb.
 #
 # ### How long is it?
 #
@@ -915,8 +916,8 @@ for name, make in SCHEDULES.items():
         simulate(make(4, 8), sends="rendezvous")
         print(f"{name:<22} is done")
     except Deadlock as report:
-        hangs[name] = str(report).splitlines()
-        print(f"{name:<22} {hangs[name][0]}")
+        hangs[name] = [line for line in str(report).splitlines() if line.startswith("rank")]
+        print(f"{name:<22} hangs in a circle of ranks", ", ".join(line.split()[1] for line in hangs[name]))
 print("you wrote:", prediction)
 print(*hangs["interleaved, 2 chunks"], sep="\n")
 assert set(SCHEDULES) - set(hangs) == {"GPipe"}
@@ -974,7 +975,7 @@ for name, make in six.items():
     assert peak(memory(recorded[name], part)) == peak(predicted)
     print(f"{name:<22} {sum(sent[name]):>10,} bytes, kept at most {max(peak(predicted).values()):g}")
 times = [(sum(sent[name]) - 96) / (sum(sent["1F1B"]) - 96) for name in ("interleaved, 2 chunks", "ZB-V")]
-print("you wrote:", prediction, "- times:", times)
+print("you wrote:", prediction, "- as many as 1F1B, times:", [round(number, 2) for number in times])
 assert times == [7 / 3, 2]
 
 # %% [markdown] lang="en"
@@ -1066,9 +1067,9 @@ with World(2) as two:
 print("F, I, W of a rank's part, ms:", [round(1000 * part, 1) for part in parts])
 forecast = [1000 * simulated(make(2, 8), *parts).end for make in six.values()]
 taken = [1000 * seconds[name] for name in six]
-for label, times in (("promised", forecast), ("measured", taken)):
-    beside = {name: ms / times[list(six).index("1F1B")] - 1 for name, ms in zip(six, times, strict=True)}
-    print(f"{label}, beside 1F1B:", ", ".join(f"{name} {share:+.0%}" for name, share in beside.items()))
+print(f"{'beside 1F1B':<24} promised  measured")
+for at, name in enumerate(six):
+    print(f"{name:<24}" + "".join(f"{times[at] / times[1] - 1:>+9.0%}" for times in (forecast, taken)))
 viz.show(viz.draw_predictions(list(six), forecast, taken, "ms a step, two ranks, measured on this machine"))
 
 # %% [markdown] lang="en"
@@ -1077,12 +1078,12 @@ viz.show(viz.draw_predictions(list(six), forecast, taken, "ms a step, two ranks,
 # were level with 1F1B, as far as two runs of the same agree. Interleaving was slower. ZB-V was slower with these rows
 # of 64 tokens, and level with rows of 128. Of what was promised, next to nothing arrived.
 #
-# minipar's benchmark measures this with care: a larger GPT, 31 rounds, torch's own schedules beside it, two ranks on
-# two cores. Here is what its file says:
+# minipar's [benchmark](../benchmarks/README.md) measures this with care: a larger GPT, 31 rounds, torch's own schedules
+# beside it, two ranks on two cores. Here is what its file says:
 
 # %%
-rows = {row["name"]: row for row in json.loads(Path("../benchmarks/results.json").read_text())}
-for row in rows.values():
+file = Path(minipar.__file__).parents[1] / "benchmarks" / "results.json"
+for row in json.loads(file.read_text()):
     if row["what"].startswith(("pipeline step", "step with split")):
         print(f"{row['what']:<27} {1000 * row['minipar']:>5.0f} ms, {row['ratio']:.2f} of {row['peer_name']}")
 
@@ -1111,17 +1112,17 @@ for row in rows.values():
 
 # %%
 HOLES = {  # most microbatches in flight on any rank; F, I, W and message
-    "1: F = I = W": (4, (1, 1, 1, 0)),
-    "2: little memory": (3, (1, 1, 1, 0)),
-    "3: short W, slow link": (4, (1, 1, 0.5, 0.25)),
+    "1, all equal": (4, (1, 1, 1, 0)),
+    "2, less memory": (3, (1, 1, 1, 0)),
+    "3, slow link": (4, (1, 1, 0.5, 0.25)),
 }
 
 
 def score(make, limit, costs):
     """The bubble of the run, or None where a rank keeps too much. Raises if the schedule is not one."""
     order = make(4, 8)
-    if len(order) != 4:
-        raise ValueError(f"the course has 4 ranks, not {len(order)}")
+    if len(order) != 4 or len(owners(order)) % 4:
+        raise ValueError("the course has 4 ranks, each with as many stages as the others")
     check(order, 8)  # each microbatch once through each stage, forth and back, nothing before what it needs
     run = simulated(order, *costs)  # Deadlock, if ranks wait for each other
     return bubble(run) if fullest(order, run) <= limit else None
@@ -1129,15 +1130,15 @@ def score(make, limit, costs):
 
 # %%
 def scorecard(players):
-    print(f"{'':<22} kept " + "".join(f"{hole:>24}" for hole in HOLES))
+    print(f"{'':<22} kept " + "".join(f"{hole:>16}" for hole in HOLES))
     for name, make in players.items():
         bubbles = [score(make, *hole) for hole in HOLES.values()]
         row = ["too much" if share is None else f"{share:.1%}" for share in bubbles]
-        print(f"{name:<22} {fullest(make(4, 8), simulated(make(4, 8))):>4g} " + "".join(f"{cell:>24}" for cell in row))
+        print(f"{name:<22} {fullest(make(4, 8), simulated(make(4, 8))):>4g} " + "".join(f"{cell:>16}" for cell in row))
 
 
 scorecard(SCHEDULES)
-assert all(score(make, *HOLES["2: little memory"]) is None for make in SCHEDULES.values())
+assert all(score(make, *HOLES["2, less memory"]) is None for make in SCHEDULES.values())
 
 # %% [markdown] lang="en"
 # That is par. On the second hole none of the known ones may play: all keep four or more somewhere. `check` is the
@@ -1161,7 +1162,7 @@ for order in (
         check(order, 2)
         simulate(order)
     except (ValueError, Deadlock) as refusal:
-        print(f"{type(refusal).__name__}: {str(refusal).splitlines()[0]}")
+        print(str(refusal).splitlines()[0])
 
 # %% [markdown] lang="en"
 # **Your turn.** As it stands, `my_schedule` is legal and poor: a microbatch is carried all the way through before the
@@ -1194,7 +1195,7 @@ def v_of_four(stages, microbatches):
 
 
 scorecard({"1F1B": one_f_one_b, "a V that keeps 3": small_v, "a V that keeps 4": v_of_four})
-assert score(small_v, *HOLES["2: little memory"]) == score(zero_bubble_h1, *HOLES["1: F = I = W"])
+assert score(small_v, *HOLES["2, less memory"]) == score(zero_bubble_h1, *HOLES["1, all equal"])
 assert all(score(v_of_four, *HOLES[hole]) < score(one_f_one_b, *HOLES[hole]) for hole in HOLES if hole[0] in "13")
 viz.show(viz.draw_schedule(small_v(4, 8), half, "a V that keeps 3", activation=1 / 2))
 
