@@ -58,6 +58,12 @@ SURVIVORS = {
     ("09.5", "1000000 -> 1000001"): "still another number for each",
     ("09.5", "1 -> 2"): "still another number for each",
     ("09.7", "pending.wait() -> (nothing)"): "the message leaves all the same; its memory is not used again here",
+    (
+        "10.1",
+        "list(model.blocks[depth * stage // stages:depth * (stage + 1) // stages]) -> "
+        "model.blocks[depth * stage // stages:depth * (stage + 1) // stages]",
+    ): "a part of a ModuleList is one, and can be added to as a list can",
+    ("10.4", "4 -> 5"): "more microbatches, the same gradients",
 }
 
 

@@ -46,6 +46,8 @@ def course_of(folder: Path, name: str, attempts: list[tuple[str, str]], seconds:
     for place, cells in (("solutions", reference), ("exercises", learner)):
         (folder / place).mkdir()
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / place / f"{name}.ipynb")
+    for other in {*(ROOT / "solutions").glob("*.ipynb")} - {ROOT / "solutions" / f"{name}.ipynb"}:
+        (folder / "solutions" / other.name).symlink_to(other)  # a capstone takes the pieces of all
     return folder / "exercises" / f"{name}.ipynb"
 
 
