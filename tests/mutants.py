@@ -64,6 +64,7 @@ SURVIVORS = {
         "model.blocks[depth * stage // stages:depth * (stage + 1) // stages]",
     ): "a part of a ModuleList is one, and can be added to as a list can",
     ("10.4", "4 -> 5"): "more microbatches, the same gradients",
+    ("04a.3", "Fraction(0) -> 0"): "the same number",
 }
 
 

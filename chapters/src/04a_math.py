@@ -916,6 +916,10 @@ two.close()
 four.close()
 
 # %% [markdown] lang="en"
+# **Exercises:** [four small tasks](../exercises/04a_math.ipynb), with paper and pencil for the first:
+#
+#     python -m minipar grade exercises/04a_math.ipynb
+#
 # **Next:** [04b, cost models](04b_cost_models.ipynb): every layout gives the same gradient. Which one is the fastest?
 #
 # ## References
