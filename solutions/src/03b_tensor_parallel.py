@@ -45,6 +45,7 @@ world = World(4)
 # What you need to know is the `axis` that your functions are given, the line of ranks that share each matrix:
 # `axis.size` is the number of ranks, $t$ in the text, here 4 or 2, and `axis.index` is this rank's place, from 0 on.
 # `shard(x, axis, dim)` is this rank's share of a tensor along a dim. Where sizes do not divide, shares differ by one.
+# `all_reduce(x, axis)` is the sum of every rank's `x`, a new tensor.
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
@@ -534,8 +535,8 @@ with verdict():
 # ranks: 0 and 1; 2, 3 and 4; 5 and 6; 7, 8 and 9. Each rank looks up the ids that it has, puts zeros for all others,
 # and the ranks sum.
 #
-# **Target:** forward one all-reduce of the result, backward nothing. A table of 128,000 rows stays where it is. `leave`
-# sums, and autograd knows it.
+# **Target:** forward one all-reduce of the result, backward nothing. A table of 128,000 rows stays where it is.
+# `leave(x, axis)` sums, and autograd knows it: it is what you wrote in task 3.
 
 # %% [markdown] lang="en" hint="03b.5"
 # `first = vocabulary * axis.index // axis.size`. The ids from `first` on, fewer than `len(table)` of them, are here:
@@ -597,11 +598,11 @@ with verdict():
 # where $m$ keeps the exponentials from overflowing. Give the *sum* of that over the tokens. A target of −100 is not
 # labeled, and counts for nothing.
 #
-# **Budget:** three numbers a token, in at most three all-reduces; backward nothing. minipar makes two calls. To gather
-# the logits of 512 ids would send some 500 numbers a token.
+# **Budget:** all-reduces of three numbers a token in all, in at most three calls; backward nothing. minipar makes two
+# calls. On 4 ranks each sends 4.5 numbers a token so; to gather the logits of 512 ids, it would send 384.
 #
 # `all_reduce(x, axis, "max")` gives the largest of every rank's `x`, elementwise. The maximum needs no gradient, since
-# the loss does not depend on it. All else that is summed over the ranks needs one: `leave`.
+# the loss does not depend on it. All else that is summed over the ranks needs one: `leave(x, axis)`.
 
 # %% [markdown] lang="en" hint="03b.6"
 # `top = all_reduce(logits.detach().amax(-1), axis, "max")`, one number a token. Subtract it from the logits at once,

@@ -1,8 +1,8 @@
 # %% [markdown] lang="en"
 # # Exercises of 03g: hybrid parallelism
 #
-# Six small functions, an hour and a half or so, on what is new where several axes meet: who talks to whom, which groups
-# leave a node, how many bytes go along each axis, over which axes a gradient is summed, and a norm over a whole mesh.
+# Six small functions, an hour or so, on what is new where several axes meet: who talks to whom, which groups leave a
+# node, how many bytes go along each axis, a norm over a whole mesh, and over which axes a gradient is summed.
 #
 # **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to
 # finish, where it says `raise NotImplementedError("your turn")`. The cell below it is its check, folded away since it
@@ -43,6 +43,10 @@ world = World(4)
 # %% [markdown] lang="en"
 # The next cells are folded, too: they hold what the checks of tasks 4, 5 and 6 run. Run them all; read them when you
 # want to know.
+#
+# What you need to know: `axes` are this rank's axes by name. `axes["tp"].size` is the number of ranks along one,
+# `axes["tp"].index` this rank's place, from 0 on, and `all_reduce(x, axes["tp"])` the sum of every rank's `x` along it,
+# a new tensor.
 
 
 # %% tags=["setup"] jupyter={"source_hidden": true}
@@ -314,7 +318,7 @@ with verdict():
 # An activation has `width` numbers for each position of each row *of this data rank*. An all-reduce of $M$ bytes on $n$
 # ranks sends $2M(n-1)/n$. The few bytes for the sums of loss and count are left out.
 #
-# The check compares with the ledgers of real ranks, **to the byte**, on eight layouts. One argument is of no use.
+# The check compares with the ledgers of real ranks, **to the byte**, on seven layouts. One argument is of no use.
 
 # %% [markdown] lang="en" hint="03g.4"
 # Microbatches are smaller and more: their activations are together as large as that of the whole batch. So the number
@@ -357,8 +361,9 @@ def bytes_of_a_step(
 # Check of 03g.4: run this after your answer
 # NBVAL_CHECK_OUTPUT
 def really_sent(axes, mesh, many, microbatches):
-    model = parallelize(fresh_model(4), mesh, microbatches=microbatches)
-    model.step(tokens[:many], targets[:many])  # in the first step, shapes travel ahead
+    model = parallelize(fresh_model(mesh.pp), mesh, microbatches=microbatches)
+    if mesh.pp > 1:
+        model.step(tokens[:many], targets[:many])  # in the first step, shapes travel ahead
     with ledger() as book:
         model.step(tokens[:many], targets[:many])
     blocks = {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("blocks.")}
@@ -369,22 +374,23 @@ def really_sent(axes, mesh, many, microbatches):
 
 with verdict():
     for mesh, many, microbatches in [
-        (Mesh(dp=4), 8, 1), (Mesh(tp=4), 8, 2), (Mesh(pp=4), 8, 4), (Mesh(dp=2, tp=2), 8, 1),
-        (Mesh(dp=2, pp=2), 8, 2), (Mesh(pp=2, tp=2), 8, 4), (Mesh(pp=2, tp=2), 4, 2), (Mesh(dp=2, tp=2), 4, 2),
+        (Mesh(dp=4), 8, 1), (Mesh(tp=4), 4, 2), (Mesh(pp=4), 8, 4), (Mesh(dp=2, tp=2), 8, 1),
+        (Mesh(dp=2, pp=2), 8, 2), (Mesh(pp=2, tp=2), 8, 2), (Mesh(dp=2, tp=2), 4, 2),
     ]:  # fmt: skip
         for sent, stage, blocks, parameters in on_mesh(really_sent, mesh, mesh, many, microbatches):
             yours = returned(
                 bytes_of_a_step(mesh, stage, blocks, parameters, many, 32, 32, microbatches), "bytes_of_a_step"
             )
             for axis, real in sent.items():
-                case = f"{called(mesh)}, {many} rows, {microbatches} microbatches, stage {stage} of {mesh.pp}"
+                case = f"{called(mesh)}, {many} rows, {microbatches} microbatch{'es' * (microbatches > 1)}"
+                case += f", stage {stage} of {mesh.pp}"
                 assert axis in yours, f"bytes_of_a_step says nothing about {axis!r}."
                 told = f"{case}: along {axis} you predict {yours[axis]:,.0f} bytes, and {real:,} were sent."
                 factor = yours[axis] / real if real else 0
                 hint = {0.125: " A number has 8 bytes.", 2: " That is twice as much.", 0.5: " That is half of it."}
                 hint[microbatches] = " Are microbatches smaller, or only more?"
                 assert abs(yours[axis] - real) < 1, told + hint.get(round(factor, 9), "")
-    print("8 layouts, to the byte; the last:", ", ".join(f"{axis} {real:,}" for axis, real in sent.items()))
+    print("7 layouts, to the byte; the last:", ", ".join(f"{axis} {real:,}" for axis, real in sent.items()))
 
 # %% [markdown] lang="en"
 # ## 03g.5 · Write: clip over the mesh

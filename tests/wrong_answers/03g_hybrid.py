@@ -136,7 +136,7 @@ def axes_between_nodes(groups, node):  # groups larger than a node
     return {axis for axis, some in groups.items() if len(some[0]) > node}
 
 
-# %% task="03g.4" says="along dp you predict 127,008 bytes, and 1,016,064 were sent. A number has 8 bytes."
+# %% task="03g.4" says="along dp you predict 69,840 bytes, and 558,720 were sent. A number has 8 bytes."
 def bytes_of_a_step(mesh, stage, blocks, parameters, rows, positions, width, microbatches):
     here = rows // mesh.dp * positions
     first, last = stage == 0, stage == mesh.pp - 1
@@ -183,7 +183,7 @@ def bytes_of_a_step(mesh, stage, blocks, parameters, rows, positions, width, mic
     }
 
 
-# %% task="03g.4" says="tp 4, 8 rows, 2 microbatches, stage 0 of 1: along tp"
+# %% task="03g.4" says="tp 4, 4 rows, 2 microbatches, stage 0 of 1: along tp"
 def bytes_of_a_step(mesh, stage, blocks, parameters, rows, positions, width, microbatches):  # blocks only
     activation = 8 * (rows // mesh.dp * positions) * width
     first, last = stage == 0, stage == mesh.pp - 1
@@ -194,7 +194,7 @@ def bytes_of_a_step(mesh, stage, blocks, parameters, rows, positions, width, mic
     }
 
 
-# %% task="03g.4" says="dp 4, 8 rows, 1 microbatches, stage 0 of 1: along dp"
+# %% task="03g.4" says="dp 4, 8 rows, 1 microbatch, stage 0 of 1: along dp"
 def bytes_of_a_step(mesh, stage, blocks, parameters, rows, positions, width, microbatches):  # n-1, whole
     here = rows // mesh.dp * positions
     activation = 8 * here * width
