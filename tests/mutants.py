@@ -65,6 +65,7 @@ SURVIVORS = {
     ): "a part of a ModuleList is one, and can be added to as a list can",
     ("10.4", "4 -> 5"): "more microbatches, the same gradients",
     ("04a.3", "Fraction(0) -> 0"): "the same number",
+    ("03h.3", "float(overflow) -> overflow"): "the largest of truth values is as good",
 }
 
 
@@ -85,7 +86,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST | None]:
             yield node.args[0]  # the call is left out, its argument stays
         if isinstance(node.func, ast.Attribute):
             yield node.func.value
-        if len(node.args) > 1:
+        if len(node.args) > 1 and getattr(node.func, "id", "") not in ("min", "max"):
             yield _with(node, args=[node.args[1], node.args[0], *node.args[2:]])
         for i in [i for i, keyword in enumerate(node.keywords) if keyword.arg != "strict"]:
             yield _with(node, keywords=[*node.keywords[:i], *node.keywords[i + 1 :]])

@@ -1903,6 +1903,11 @@ for some in (world, eight, single):
 room.cleanup()
 
 # %% [markdown] lang="en"
+# **Exercises:** [five tasks](../exercises/03h_memory_and_recovery.ipynb), from a block that is computed twice to a save
+# that may be killed:
+#
+#     python -m minipar grade exercises/03h_memory_and_recovery.ipynb
+#
 # **Next:** [Claims, measured](03i_claims.ipynb): what the document says is good and bad about each strategy, and when
 # it holds. Or go on to [The mathematics](04a_math.ipynb): why sharded gradients equal whole ones.
 #
