@@ -1233,7 +1233,12 @@ assert 8 // 4 == 2 and round(1 - 1 / (2 - 1 / 16), 2) == 0.48  # the answers abo
 world.close()
 
 # %% [markdown] lang="en"
-# **Next:** [03f, experts](03f_experts.ipynb), where tokens travel to the weights, by the same all-to-all.
+# **Next:** [the exercises](../exercises/03e_long_context.ipynb), four graded tasks, from two parts of a softmax to a
+# ring on four ranks:
+#
+#     python -m minipar grade exercises/03e_long_context.ipynb
+#
+# Then [03f, experts](03f_experts.ipynb), where tokens travel to the weights, by the same all-to-all.
 #
 # ## References
 #
