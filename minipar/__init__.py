@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import calibrate, compare
-    from .checkpoint import latest, load, load_weights, save, save_weights
+    from .checkpoint import latest, load, load_weights, save, save_pretrained, save_weights
     from .collectives import Axis, connect
     from .cost import Layout
     from .hardware import CLUSTERS, Cluster
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # without waiting for torch.
 _HOMES = {
     "calibration": ("calibrate", "compare"),
-    "checkpoint": ("latest", "load", "load_weights", "save", "save_weights"),
+    "checkpoint": ("latest", "load", "load_weights", "save", "save_pretrained", "save_weights"),
     "collectives": ("Axis", "connect"),
     "cost": ("Layout",),
     "hardware": ("CLUSTERS", "Cluster"),
@@ -78,6 +78,7 @@ __all__ = [
     "plan",
     "predict",
     "save",
+    "save_pretrained",
     "save_weights",
     "simulate",
     "zero_bubble_h1",

@@ -53,6 +53,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
+from . import interop
 from .collectives import all_gather, everyone
 from .cut import cuts
 from .train import Parallel
@@ -622,3 +623,40 @@ def load_weights(file: str | Path, model: Parallel) -> None:
         model.load_full_state_dict(tied | state)
 
     on_all(read)
+
+
+# -- a folder for transformers ---------------------------------------------------------------------------------
+
+
+def save_pretrained(folder: str | Path, model: Parallel) -> Path:
+    """Write a model of transformers into a folder that `from_pretrained` loads, on whatever layout it is. Every rank
+    calls it.
+
+    The files are those that the model's own `save_pretrained` writes: config.json, generation_config.json and the
+    weights, whole, under the names that files of this architecture use. A file of such a name is replaced, others (a
+    tokenizer's, say) stay. Weights come before config.json, so a new folder is whole once that is there.
+    Raises TypeError for another model.
+    """
+    folder = Path(folder)
+    on_all(lambda: interop.check_saves_itself(model.module))
+    state = model.full_state_dict()
+    on_cpu = {model.state_names[key]: x.cpu() for key, x in state.items()}  # a tied weight once
+
+    def write() -> None:
+        if here().rank == 0:
+            part = folder / ".part"
+            shutil.rmtree(part, ignore_errors=True)
+            weights = {key: on_cpu[name] for key, name in model.state_names.items()}
+            interop.save_itself(model.module, model.config, weights, part)
+            written = sorted(part.iterdir(), key=lambda file: file.name == "config.json")
+            for file in written:
+                with open(file, "rb") as whole_file:
+                    os.fsync(whole_file.fileno())
+                file.replace(folder / file.name)
+            part.rmdir()
+            for old in {*folder.glob("model*.safetensors*")} - {folder / file.name for file in written}:
+                old.unlink()  # weights of an earlier save, in files of other names
+            _sync(folder)
+
+    on_all(write)
+    return folder

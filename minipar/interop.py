@@ -5,10 +5,13 @@ own model is. What is left stands here: plans for those that publish none, a fir
 yet, what an encoder hands to its decoder, and what cannot be had on a mesh.
 """
 
+import re
 import sys
+from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .pipeline import Blocks
 from .tensor import pattern
@@ -72,17 +75,16 @@ def plan_of(model: nn.Module) -> dict[str, str]:
     parts, names = guests(model), {part: name for name, part in model.named_modules()}
     if not parts:
         return plan
+    plan = dict(plan)
     for name, part in parts.items():
-        if part.tp_plan or part.config.model_type not in PLANS:
-            continue
+        known = PLANS.get(part.config.model_type, {}) if not part.tp_plan else {}
         if part.base_model is part:
-            plan = plan | {
-                f"{name}.{layer}".lstrip("."): style for layer, style in PLANS[part.config.model_type].items()
-            }
-        if isinstance(embedding := part.get_input_embeddings(), nn.Embedding):
-            plan = plan | {pattern(names[embedding]): "embedding_rowwise"}
-        if isinstance(head := part.get_output_embeddings(), nn.Linear):
-            plan = plan | {pattern(names[head]): "colwise_gather_output"}
+            plan |= {f"{name}.{layer}".lstrip("."): style for layer, style in known.items()}
+        embedding, head = part.get_input_embeddings(), part.get_output_embeddings()
+        if isinstance(embedding, nn.Embedding) and (known or part.tp_plan):
+            plan.setdefault(pattern(names[embedding]), "embedding_rowwise")
+        if isinstance(head, nn.Linear) and (known or part.tp_plan):
+            plan.setdefault(pattern(names[head]), "colwise_gather_output")
     there = {pattern(name) for name in (*names.values(), *dict(model.named_parameters(remove_duplicate=False)))}
     return {entry: style for entry, style in plan.items() if entry in there}  # not every configuration has all layers
 
@@ -126,6 +128,27 @@ def prepare(model: nn.Module) -> None:
             layer.is_transposed = True  # x @ weight, as GPT-2 has it
 
 
+def check_saves_itself(model: nn.Module) -> None:
+    if "" not in guests(model):
+        raise TypeError(
+            f"save_pretrained is for models of transformers, not for {type(model).__name__}: use save_weights"
+        )
+
+
+def save_itself(model: Any, config: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Have a model write its own files, with this configuration and these weights in place of what it holds."""
+    from transformers.utils import logging
+
+    whole, bar = copy(model), logging.is_progress_bar_enabled()
+    whole.config = deepcopy(config)
+    logging.disable_progress_bar()
+    try:
+        whole.save_pretrained(folder, state_dict=state)
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+
+
 def blocks_of(model: Any) -> Blocks | None:
     """The blocks of a model of transformers, which marks them: one list, or that of an encoder and that of its decoder.
     None for anything else."""
@@ -140,6 +163,26 @@ def blocks_of(model: Any) -> Blocks | None:
         marked = isinstance(layer, nn.ModuleList) and all(isinstance(x, GradientCheckpointingLayer) for x in layer)
         if marked and len(layer) and not inside:
             lists[name] = layer
+    beside = _beside(model, lists)
     if len(lists) == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return Blocks(lists, model.get_encoder(), lambda memory: BaseModelOutput(last_hidden_state=memory))
-    return Blocks(lists) if len(lists) == 1 else None
+        return Blocks(lists, beside, model.get_encoder(), lambda memory: BaseModelOutput(last_hidden_state=memory))
+    return Blocks(lists, beside) if len(lists) == 1 else None
+
+
+BEHIND = re.compile(r"(^|_)(final|out|head|classifier|score)(_|$)")
+
+
+def _beside(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, int]:
+    """Modules beside the blocks by their names, and a block of their stage. Most are registered in the order in which
+    they are used, but some register their head first (CamemBERT), or a norm of embeddings last (BART)."""
+    found, start = {}, 0
+    for name, blocks in lists.items():
+        while name:
+            parent, _, own_name = name.rpartition(".")
+            for child, _ in model.get_submodule(parent).named_children():
+                if child != own_name and (BEHIND.search(child) or "embed" in child):
+                    place = start + len(blocks) - 1 if BEHIND.search(child) else start
+                    found[f"{parent}.{child}".lstrip(".")] = place
+            name = parent
+        start += len(blocks)
+    return found

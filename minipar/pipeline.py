@@ -1,16 +1,16 @@
 """Pipeline parallelism: a stage is a slice of a model's blocks, an executor runs its rank's list of actions.
 
 The model keeps its own forward, and every stage is given the batch, so that masks and positions come out right on
-each. Blocks of other stages are skipped; the received state is put in front of the first local block; the forward is
-left behind the last one.
+each. Blocks of other stages are skipped; the one in front of the first local block gives what was received; the forward
+is left behind the last one.
 """
 
 import json
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
@@ -35,43 +35,47 @@ class Leave(Exception):
 class Blocks:
     """What a pipeline cuts: lists of blocks by their names, in the order in which they run.
 
+    beside: modules that are not used where they are registered, before or behind the blocks, and the place of a block
+        of the stage that they belong to.
     encoder: the module that has the first list, where what it gives is read by all blocks of the second.
     given: what stands for its output on stages behind it.
     """
 
     lists: dict[str, nn.ModuleList]
+    beside: dict[str, int] = field(default_factory=dict)
     encoder: nn.Module | None = None
     given: Callable[[Tensor], Any] = lambda memory: memory
 
 
 @dataclass
 class Window:
-    """Which blocks run now: those at [first, end). `state`, where there is one, goes into the first of them.
+    """Which blocks run now: those at [first, end). `state`, where there is one, came from the block before them.
 
-    next: the place whose turn it is, None while no stage runs.
-    memory: what an encoder gave, the last of whose blocks is at `turn` - 1. It goes along with the state from there on.
+    next: the place whose turn it is, None while no stage runs. given: what the last block that ran gave.
+    memory: what an encoder gave, whose last block is in front of `turn`. It travels with the state from there on.
     """
 
     first: int = 0
     end: int = 0
     state: Any = None
     next: int | None = None
+    given: Any = None
     turn: int | None = None
     memory: Any = None
 
     def open(self, first: int, end: int, state: Any) -> None:
-        self.first, self.end, self.next, self.state = first, end, 0, state
+        self.first, self.end, self.state, self.next = first, end, state, 0
         if self.turn is not None and first >= self.turn:  # the encoder has run elsewhere
             self.next = self.turn
             self.state, self.memory = state if first > self.turn else (None, state)
 
-    def leave(self, state: Any) -> Leave:
+    def leave(self) -> Leave:
         if self.turn is None or self.end < self.turn:
-            return Leave(state)
-        return Leave(self.memory if self.end == self.turn else (state, self.memory))
+            return Leave(self.given)
+        return Leave(self.memory if self.end == self.turn else (self.given, self.memory))
 
     def close(self) -> None:
-        self.state = self.memory = self.next = None
+        self.state = self.given = self.memory = self.next = None
 
 
 class Stages:
@@ -96,12 +100,13 @@ class Stages:
         self.model, self.lists = model, found.lists
         blocks = {f"{name}.{i}": block for name, some in self.lists.items() for i, block in enumerate(some)}
         self.window, self.cuts = Window(), bounds(len(blocks), count)
-        self.home = home = self._home_of_names()
+        self.home = home = self._home_of_names(found.beside)
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
         for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
             self.homes[parameter].add(home[parameter_name])
         for layer_name, layer in model.named_modules():
-            if isinstance(layer, nn.Embedding) and home[f"{layer_name}.weight"] not in mine:
+            plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+            if isinstance(layer, nn.Embedding) and plain and home[f"{layer_name}.weight"] not in mine:
                 _look_up_nothing(layer)
         for parameter, stages in self.homes.items():
             if not stages & mine:
@@ -109,8 +114,9 @@ class Stages:
         self.blocks: dict[int, dict[str, nn.Module]] = defaultdict(dict)  # stage -> name -> block
         for place, (name, block) in enumerate(blocks.items()):
             self.blocks[self._stage_of_block(place)][name] = block
-            if self._stage_of_block(place) not in mine:
-                _stand_in_for(model, name)
+            if self._stage_of_block(place) not in mine:  # it stays, as the model may ask it things, but never runs
+                for layer in block.modules():
+                    layer._buffers.clear()
         if found.encoder:
             self.window.turn = len(next(iter(self.lists.values())))
             _run_once(found.encoder, found.given, self.window)
@@ -133,7 +139,7 @@ class Stages:
     def _stage_of_block(self, place: int) -> int:
         return next(stage for stage, end in enumerate(self.cuts[1:]) if place < end)
 
-    def _home_of_names(self) -> dict[str, int]:
+    def _home_of_names(self, beside: dict[str, int]) -> dict[str, int]:
         """Name of a parameter or buffer -> stage, in the order of registration."""
         home, stage = {}, 0
         starts = dict(zip(self.lists, accumulate(map(len, self.lists.values()), initial=0), strict=False))
@@ -146,6 +152,8 @@ class Stages:
                 stage = self._stage_of_block(starts[parent] + int(own_name))
             for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 home[f"{prefix}.{name}" if prefix else name] = stage  # what comes behind the last block stays with it
+        for prefix, place in beside.items():
+            home |= {name: self._stage_of_block(place) for name in home if name.startswith(f"{prefix}.")}
         return home
 
 
@@ -175,14 +183,6 @@ def _check_blocks(blocks: Blocks, stages: int) -> None:
         raise ValueError(f"{names} has one block several times: a pipeline needs {len(every)} blocks of their own")
 
 
-def _stand_in_for(model: nn.Module, name: str) -> None:
-    """Put something in the place of a block of another stage that knows what the model may ask it, and has no layers.
-    It never runs: the window leaves or passes it by."""
-    block, stand_in = model.get_submodule(name), nn.Identity()
-    vars(stand_in).update({key: x for key, x in vars(block).items() if key not in vars(stand_in)})
-    model.set_submodule(name, stand_in)
-
-
 def _run_once(encoder: nn.Module, given: Callable[[Tensor], Any], window: Window) -> None:
     """Let an encoder remember what it gives, and give it on stages where it does not run."""
     inner = encoder.forward
@@ -202,9 +202,6 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
     inner = block.forward
 
     def forward(*arguments: Any, **more: Any) -> Any:
-        if not arguments:
-            raise TypeError(f"block {place} gets its state by name ({', '.join(more)}): a pipeline looks for it first")
-        state, *context = arguments
         if window.next is None:
             raise RuntimeError(
                 f"block {place} runs outside of its stage's forward: put a checkpoint inside of the block"
@@ -215,12 +212,13 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
             )
         window.next += 1
         if place == window.end:
-            raise window.leave(state)
-        if place < window.first:  # computed elsewhere: what uses it here by mistake shows at once, as NaN
+            raise window.leave()
+        if place == window.first - 1:
+            return window.state
+        if place < window.first:  # what uses it here by mistake shows at once, as NaN
             return pytree.tree_map_only(Tensor, _nothing, window.state)
-        if place == window.first and window.state is not None:
-            state = window.state
-        return inner(state, *context, **more)
+        window.given = inner(*arguments, **more)
+        return window.given
 
     block.forward = forward
 
@@ -233,8 +231,8 @@ def _give_up(parameter: nn.Parameter) -> None:
 
 def _look_up_nothing(embedding: nn.Embedding) -> None:
     """In front of a later stage's blocks, the embedding's result is never used: do not compute it."""
-    width = embedding.embedding_dim
-    embedding.forward = lambda ids, *_, **__: _nothing(embedding.weight.new_empty(()).expand(*ids.shape, width))
+    width, like = embedding.embedding_dim, embedding.weight.new_empty(())
+    embedding.forward = lambda ids: like.new_full((*ids.shape, width), float("nan"))
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -247,30 +245,34 @@ def _nothing(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Spec:
-    """Shapes and structure of what crosses a boundary: a tensor, or tuples, lists and dicts of them."""
+    """Shapes and structure of what crosses a boundary: a tensor or None, or tuples, lists and dicts of them."""
 
     structure: pytree.TreeSpec
-    leaves: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    leaves: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
 
     @staticmethod
     def of(state: Any) -> "Spec":
         leaves, structure = pytree.tree_flatten(state)
-        if strange := [leaf for leaf in leaves if not isinstance(leaf, Tensor)]:
+        if strange := [leaf for leaf in leaves if not isinstance(leaf, Tensor | None)]:
             raise TypeError(f"a boundary between stages is crossed by tensors only, not by {strange[0]!r}")
-        return Spec(structure, tuple((tuple(x.shape), x.dtype) for x in leaves))
+        return Spec(structure, tuple(None if x is None else (tuple(x.shape), x.dtype) for x in leaves))
 
     def to_bytes(self) -> bytes:
-        leaves = [[shape, str(dtype).removeprefix("torch.")] for shape, dtype in self.leaves]
+        leaves = [leaf and [leaf[0], str(leaf[1]).removeprefix("torch.")] for leaf in self.leaves]
         return json.dumps([pytree.treespec_dumps(self.structure), leaves]).encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> "Spec":
         structure, leaves = json.loads(data)
-        leaves = tuple((tuple(shape), getattr(torch, dtype)) for shape, dtype in leaves)
+        leaves = tuple(leaf and (tuple(leaf[0]), getattr(torch, leaf[1])) for leaf in leaves)
         return Spec(pytree.treespec_loads(structure), leaves)
 
     def empty(self, device: torch.device) -> list[Tensor]:
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.leaves]
+        return [torch.empty(leaf[0], dtype=leaf[1], device=device) for leaf in self.leaves if leaf]
+
+    def put_together(self, tensors: Iterable[Tensor]) -> Any:
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if leaf else None for leaf in self.leaves], self.structure)
 
 
 class Idle:
@@ -400,7 +402,7 @@ class Executor:
     def send_activation(self, action: Action) -> None:
         place, peer = (action.stage, action.microbatch), self.owner[action.stage + 1]
         spec, key = Spec.of(self.outputs[place]), (action.stage, self.shapes[action.microbatch])
-        leaves = pytree.tree_leaves(self.outputs[place])
+        leaves = _tensors(self.outputs[place])
         if self.specs.setdefault(key, spec) is spec:
             note = torch.frombuffer(bytearray(spec.to_bytes()), dtype=torch.uint8).to(self.device)
             leaves = [torch.tensor([note.numel()], device=self.device), note, *leaves]
@@ -440,8 +442,8 @@ class Executor:
         self.specs[action.stage - 1, self.shapes[action.microbatch]] = Spec.from_bytes(bytes(note.tolist()))
 
     def _arrived_state(self, action: Action) -> Any:
-        leaves = _ask_gradients(self._arrived(action._replace(op=Op.RECV_ACTIVATION)))
-        return pytree.tree_unflatten(leaves, self.specs[action.stage - 1, self.shapes[action.microbatch]].structure)
+        tensors = _ask_gradients(self._arrived(action._replace(op=Op.RECV_ACTIVATION)))
+        return self.specs[action.stage - 1, self.shapes[action.microbatch]].put_together(tensors)
 
     def send_gradient(self, action: Action) -> None:
         peer = self.owner[action.stage - 1]
@@ -494,8 +496,12 @@ def _ask_gradients(state: Any) -> Any:
     return state
 
 
+def _tensors(state: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(state) if x is not None]
+
+
 def _floats(state: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(state) if x.is_floating_point()]
+    return [x for x in _tensors(state) if x.is_floating_point()]
 
 
 def _shapes(batch: Batch) -> Any:
@@ -508,5 +514,5 @@ def spread(outputs: list[Any], axis: Axis, root: int, device: torch.device) -> l
     length = broadcast(torch.tensor([note.numel()], device=device), axis, root)
     note = broadcast(note if axis.index == root else note.new_empty(int(length)), axis, root)
     spec = Spec.from_bytes(bytes(note.tolist()))
-    leaves = pytree.tree_leaves(outputs) if axis.index == root else spec.empty(device)
-    return pytree.tree_unflatten([broadcast(x, axis, root) for x in leaves], spec.structure)
+    tensors = _tensors(outputs) if axis.index == root else spec.empty(device)
+    return spec.put_together([broadcast(x, axis, root) for x in tensors])

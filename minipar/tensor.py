@@ -350,6 +350,7 @@ def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
         entrance = Entrance(region.enter)
         layers[parent].register_forward_hook(entrance.forget, always_call=True)
         few = _few_heads(parent, layers[parent], children, region.axis)
+        _check_left_out(parent, layers[parent], styles)
         for name, (style, *arguments) in children.items():
             if name in few:
                 colwise_for_some_heads(layers[name], region, entrance, few[name])
@@ -368,7 +369,7 @@ def _check_entries(plan: dict[str, str], layers: set[str], parameters: set[str])
     for entry, style in plan.items():
         known = PARAMETER_STYLES if entry in parameters - layers else STYLES
         if parse(style)[0] not in known:
-            raise ValueError(f"plan: {entry!r} cannot be {style!r}, only one of {', '.join(known)}")
+            raise ValueError(f"plan: {entry!r} cannot be {style!r}, only {', '.join(known)}")
         if entry not in layers | parameters:
             near = difflib.get_close_matches(entry, layers, 3, 0.4) or sorted(layers)[1:6]
             raise ValueError(f"plan: {entry!r} matches no layer; there are {', '.join(near)}")
@@ -384,7 +385,7 @@ def _check_ties(layers: dict[str, nn.Module], styles: dict[str, tuple[str, ...]]
 def _few_heads(name: str, attention: Any, styles: dict[str, tuple[str, ...]], axis: Axis) -> dict[str, Tensor]:
     """A column cut of an attention must fall between heads. Keys and values may have fewer heads than there are ranks:
     layer -> the features of them that this rank's queries read, a head for each."""
-    size: Any = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    size = _head_size(attention)
     heads = {layer: _heads(attention, layer, style, size) for layer, style in styles.items()} if size else {}
     queries, few = max(chain(*heads.values()), default=0), {}
     for layer, counts in heads.items():
@@ -401,9 +402,12 @@ def _few_heads(name: str, attention: Any, styles: dict[str, tuple[str, ...]], ax
         few[layer] = (read[:, None] * size + torch.arange(size)).flatten()
     if few:
         attention.num_key_value_groups = 1  # each query has a head of keys for itself
-    if queries:
-        _check_norms_of_heads(name, attention, styles, size)
     return few
+
+
+def _head_size(attention: Any) -> int:
+    """Features of a head; 0 for a layer that is no attention."""
+    return getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None) or 0
 
 
 def _heads(attention: nn.Module, name: str, style: tuple[str, ...], size: int) -> list[int]:
@@ -415,16 +419,23 @@ def _heads(attention: nn.Module, name: str, style: tuple[str, ...], size: int) -
     return [n // size for n in (sizes(style[1:], width) if style[0] == "packed_colwise" else [width])]
 
 
-def _check_norms_of_heads(name: str, attention: nn.Module, styles: dict[str, tuple[str, ...]], size: int) -> None:
-    """A norm that is used on each head sees those of this rank only. Without a word of the plan its gradients would be
-    partial sums, and nothing would tell."""
-    for child, layer in attention.named_children():
-        of_heads = any(p.size(-1) == size for p in layer.parameters(recurse=False)) and not isinstance(layer, nn.Linear)
-        if of_heads and f"{name}.{child}" not in styles:
+def _check_left_out(name: str, parent: nn.Module, styles: dict[str, tuple[str, ...]]) -> None:
+    """A norm of heads, or an activation with parameters, that stands between cut layers sees this rank's part only, so
+    its gradients are partial sums. If the plan did not say so, nothing would tell."""
+    cut_here = {styles[f"{name}.{child}"][0] for child, _ in parent.named_children() if f"{name}.{child}" in styles}
+    size, deeper = (
+        _head_size(parent),
+        any("." in x.removeprefix(f"{name}.") for x in styles if x.startswith(f"{name}.")),
+    )
+    if not {"colwise", "rowwise"} <= cut_here or deeper:
+        return
+    for child, layer in parent.named_children():
+        own = [p for p in layer.parameters(recurse=False) if not size or p.shape[-1:] == (size,)]
+        if own and f"{name}.{child}" not in styles and not isinstance(layer, nn.Linear):
             entry = pattern(f"{name}.{child}")
             raise ValueError(
-                f"plan: {entry!r} is left out, but heads are cut. Where it sees heads, its gradients are partial sums: "
-                f"{entry!r}: 'replicated_with_grad_allreduce'. Where all ranks see the same: {entry!r}: 'replicate'"
+                f"plan: {entry!r} is left out, but layers around it are cut. Where it sees a part, its gradients are "
+                f"partial sums: {entry!r}: 'replicated_with_grad_allreduce'. Where all ranks see the same: 'replicate'"
             )
 
 

@@ -1,6 +1,7 @@
 """parallelize: a model on a mesh. The only file that knows every strategy."""
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from . import context, cut, data, interop, tensor
 from .collectives import (
@@ -163,6 +165,7 @@ class Parallel:
         self.inference_program = communicate(forward_only(order))[self.pp.index]
 
         _check_replicas(model, self.device)
+        self.config = getattr(model, "config", None)
         self.module = _twin(model).to(self.device)
         interop.prepare(self.module)
         self.state_names = _first_names(self.module)
@@ -282,6 +285,12 @@ class Parallel:
         self._sum_tied()
         if self.dtype is torch.float16:
             self._check_overflow()
+        if self.steps == 0 and loss.isnan() and len(self.owner) > 1 and isinstance(self.run, Stages):
+            warnings.warn(
+                "the first loss is NaN. Where one process has a number, a stage uses what lives on another: parameters "
+                "go with the first block or the last one as they are registered before or behind the blocks",
+                stacklevel=2,
+            )
         self.steps, self.spans = self.steps + 1, self.executor.spans
         return (loss / count).to(next(iter(self.everything.values())).dtype)
 
@@ -541,8 +550,12 @@ class Parallel:
             self.executor.run(self.inference_program, [mine], lambda output, _: outputs.append(output))
         last = self.owner[max(self.owner)]
         output = spread([getattr(y, "logits", y) for y in outputs], self.pp, last, self.device)[0]
-        output = context.unzigzag(output, self.cp, 1) if self.cp.size > 1 else output
-        return all_gather(output, self.dp, size=size) if shared else output
+
+        def whole(x: Tensor) -> Tensor:
+            x = context.unzigzag(x, self.cp, 1) if self.cp.size > 1 else x
+            return all_gather(x, self.dp, size=size) if shared else x
+
+        return pytree.tree_map_only(Tensor, whole, output)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:

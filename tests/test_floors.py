@@ -33,7 +33,7 @@ BESIDE = {  # on no floor: what each may import
     "viz": {"mesh", "schedule", "timeline", "hardware"},
     "widgets": {"mesh", "schedule", "timeline", "viz", "transformer", "hardware", "cost", "prediction", "planner"},
     "corpus": set(),
-    "checkpoint": {"collectives", "cut", "train", "world"},
+    "checkpoint": {"collectives", "cut", "interop", "train", "world"},
     "loading": {"collectives", "train"},
     "magic": {"rank", "world"},
     "doctor": {"rank", "world"},

@@ -260,6 +260,40 @@ def test_blocks_may_pass_dicts_and_tuples_and_read_a_mask(world4):
     assert problems(world4, DEEP, outer, *outer_batch()) == []
 
 
+class Biased(nn.Module):
+    """A block that is called by names. It gives what the first one made for all of them, and None."""
+
+    def __init__(self, width, first):
+        super().__init__()
+        self.linear, self.bias = nn.Linear(width, width), nn.Parameter(torch.ones(width)) if first else None
+
+    def forward(self, *, state, bias):
+        bias = torch.exp(self.bias) if self.bias is not None else bias
+        return state + torch.tanh(self.linear(state) + bias), bias, None
+
+
+class Handing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(19, 8)
+        self.blocks = nn.ModuleList(Biased(8, first=i == 0) for i in range(5))
+        self.head = nn.Linear(8, 19)
+
+    def forward(self, tokens):
+        state, bias = self.embed(tokens), None
+        for block in self.blocks:
+            state, bias, _ = block(state=state, bias=bias)
+        return self.head(state)
+
+
+def test_blocks_may_be_called_by_names_and_hand_on_what_the_first_one_made(world4):
+    def make():
+        torch.manual_seed(0)
+        return stirred(Handing().double())
+
+    assert problems(world4, DEEP, make, *batch_of(TINY, 11, 7)) == []
+
+
 def test_any_model_may_be_cut_with_a_plan_of_its_own(world4):
     layouts = [layout for layout in CUT_LAYOUTS if "sequence_parallel" not in layout]
     assert problems(world4, [*layouts, {"mesh": Mesh(tp=4)}], outer, *outer_batch(), plan=OUTER_PLAN) == []
