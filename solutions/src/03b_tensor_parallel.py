@@ -231,7 +231,7 @@ def compared_block(finish: Callable, ranks: int) -> tuple[list, dict, dict]:
 
 # %% task="03b.1" title="Trace: what a rank holds"
 def shapes_on_a_rank() -> dict[str, tuple[int, ...]]:
-    """An MLP of width 6, with 24 in the middle, on 2 ranks, for 10 tokens: name -> shape on one rank."""
+    """Width 6, in the middle 24, 2 ranks, 10 tokens: name -> shape on one rank."""
     ### BEGIN SOLUTION
     return {
         "x": (10, 6),
@@ -244,7 +244,7 @@ def shapes_on_a_rank() -> dict[str, tuple[int, ...]]:
         "y": (10, 6),
     }
     ### INSTEAD
-    # raise NotImplementedError("your turn")  # take this line out once you have put numbers for the zeros
+    # raise NotImplementedError("your turn")  # put numbers for the zeros, then take this out
     # return {
     #     "x": (0, 0),
     #     "up.weight": (0, 0),
@@ -472,28 +472,32 @@ with verdict():
 
 # %% task="03b.4" title="Mend: heads that share their keys"
 def keys_read() -> list[int]:
-    """8 heads of queries, 4 of keys, 2 ranks. Which keys do queries 0, 1, 2 and 3 read, before you mend it?"""
+    """8 heads of queries, 4 of keys, 2 ranks: which keys do queries 0 to 3 read below?"""
     ### BEGIN SOLUTION
     return [0, 1, 0, 1]
     ### END SOLUTION
 
 
-def attention_of_my_heads(x: Tensor, q: Tensor, k: Tensor, v: Tensor, head_dim: int, axis: Axis) -> Tensor:
-    """All of x (rows, positions, width) -> what this rank's heads give (rows, positions, its heads * head_dim).
+def attention_of_my_heads(
+    x: Tensor,  # (rows, positions, width), all of it
+    q: Tensor,  # (heads of queries of this rank * head_dim, width)
+    k: Tensor,  # (heads of keys of this rank * head_dim, width)
+    v: Tensor,  # the same
+    head_dim: int,
+    axis: Axis,
+) -> Tensor:
+    """-> what this rank's heads give, (rows, positions, its heads * head_dim)"""
 
-    q: (its heads of queries * head_dim, width); k, v: (its heads of keys * head_dim, width).
-    """
-
-    def heads(y: Tensor) -> Tensor:  # (rows, positions, heads * head_dim) -> (rows, heads, positions, head_dim)
+    def heads(y: Tensor) -> Tensor:  # -> (rows, heads, positions, head_dim)
         return y.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
     ### BEGIN SOLUTION
     inside = enter(x, axis)
-    queries, keys, values = (heads(F.linear(inside, weight)) for weight in (q, k, v))
+    queries, keys, values = (heads(F.linear(inside, w)) for w in (q, k, v))
     times = queries.size(1) // keys.size(1)  # so many heads of queries read one of keys
     keys, values = (some.repeat_interleave(times, dim=1) for some in (keys, values))
     ### INSTEAD
-    # queries, keys, values = (heads(F.linear(enter(x, axis), weight)) for weight in (q, k, v))
+    # queries, keys, values = (heads(F.linear(enter(x, axis), w)) for w in (q, k, v))
     # times = queries.size(1) // keys.size(1)  # so many heads of queries read one of keys
     # keys, values = (some.repeat(1, times, 1, 1) for some in (keys, values))
     ### END SOLUTION
@@ -554,7 +558,8 @@ with verdict():
 def vocabulary_embedding(ids: Tensor, table: Tensor, vocabulary: int, axis: Axis) -> Tensor:
     """ids (...) -> their rows of the whole table, (..., width), on every rank.
 
-    table: this rank's rows, (its share of vocabulary, width); vocabulary: how many ids there are.
+    table: this rank's rows, (its share of vocabulary, width)
+    vocabulary: how many ids there are
     """
     ### BEGIN SOLUTION
     first = vocabulary * axis.index // axis.size
@@ -625,7 +630,9 @@ with verdict():
 def vocabulary_loss(logits: Tensor, targets: Tensor, vocabulary: int, axis: Axis) -> Tensor:
     """The cross-entropy, summed over the labeled tokens, 0-d.
 
-    logits: of this rank's ids, (tokens, its share of vocabulary); targets: (tokens,), -100 where there is no label.
+    logits: of this rank's ids, (tokens, its share of vocabulary)
+    targets: (tokens,), -100 where there is no label
+    vocabulary: how many ids there are
     """
     ### BEGIN SOLUTION
     first = vocabulary * axis.index // axis.size
@@ -676,7 +683,7 @@ with verdict():
 
 # %% tags=["setup"]
 def my_block(x: Tensor, p: dict[str, Tensor], axis: Axis) -> Tensor:
-    """x + MLP(norm(x)), for this rank's positions: (rows, its share of positions, width) -> the same shape."""
+    """x + MLP(norm(x)) for this rank's positions: (rows, its positions, width) -> the same."""
     normed = F.layer_norm(x, x.shape[-1:], p["norm.weight"], p["norm.bias"])
     middle = F.gelu(F.linear(enter_sequence(normed, axis), p["up.weight"], p["up.bias"]))
     return x + leave_sequence(F.linear(middle, p["down.weight"]), axis) + p["down.bias"]
@@ -705,14 +712,14 @@ def my_block(x: Tensor, p: dict[str, Tensor], axis: Axis) -> Tensor:
 
 # %% task="03b.7" title="Mend: norms that all ranks agree on"
 def wrong_gradients() -> set[str]:
-    """The names of the parameters whose gradients are wrong, before you mend the function below."""
+    """The names of those parameters whose gradients are wrong before you mend it."""
     ### BEGIN SOLUTION
     return {"norm.weight", "norm.bias", "down.bias"}
     ### END SOLUTION
 
 
 def finish_gradients(p: dict[str, Tensor], axis: Axis) -> None:
-    """After backward: set .grad of each parameter in p to the gradient over all positions, for shares and wholes."""
+    """After backward: set .grad in p to the gradients over all positions."""
     ### BEGIN SOLUTION
     names = ["norm.weight", "norm.bias", "down.bias"]
     total = all_reduce(torch.cat([p[name].grad for name in names]), axis)
@@ -775,11 +782,15 @@ with verdict():
 
 
 # %% task="03b.8" title="Write: dropout that knows its place" engine="dropout_by_place"
-def dropout_by_place(x: Tensor, p: float, seed: int, shape: tuple[int, ...], dim: int | None, axis: Axis) -> Tensor:
-    """Dropout of this rank's share of a tensor of this shape, cut along dim; for dim=None, of a copy of all of it.
-
-    seed: the same on all ranks, another one for each layer and step. Returns the shape of x.
-    """
+def dropout_by_place(
+    x: Tensor,  # this rank's share of the whole tensor, or a copy of it
+    p: float,
+    seed: int,  # the same on all ranks, another one for each layer and step
+    shape: tuple[int, ...],  # of the whole tensor
+    dim: int | None,  # along which it is cut; None: x is a copy of all of it
+    axis: Axis,
+) -> Tensor:
+    """Zero where an element is dropped, else x / (1 - p). -> the shape of x"""
     ### BEGIN SOLUTION
     draw = torch.Generator().manual_seed(seed)
     kept = torch.rand(shape, generator=draw) >= p

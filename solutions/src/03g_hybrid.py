@@ -222,7 +222,7 @@ with verdict():
 
 # %% task="03g.2" title="Write: all groups of an axis" engine="groups_along"
 def groups_along(sizes: dict[str, int], axis: str) -> list[list[int]]:
-    """All groups along one axis of a mesh. sizes: name -> ranks along it, the outermost axis first."""
+    """All groups along an axis. sizes: name -> ranks along it, the outermost first."""
     ### BEGIN SOLUTION
     names = list(sizes)
     step = prod(sizes[name] for name in names[names.index(axis) + 1 :])
@@ -274,7 +274,7 @@ with verdict():
 
 # %% task="03g.3" title="Complete: which axes leave the node"
 def axes_between_nodes(groups: dict[str, list[list[int]]], node: int) -> set[str]:
-    """The axes with a group in more than one node. groups: those of each axis; node: ranks in a node."""
+    """The axes that leave the node. groups: all of each axis; node: ranks in a node."""
     found = set()
     for axis, some in groups.items():
         ### BEGIN SOLUTION
@@ -418,12 +418,14 @@ with verdict():
 
 # %% task="03g.5" title="Write: clip over the mesh" engine="clip_over_mesh"
 def clip_over_mesh(
-    shares: list[nn.Parameter], copies: list[nn.Parameter], axes: dict[str, Axis], max_norm: float
+    shares: list[nn.Parameter],  # each tensor rank has another part
+    copies: list[nn.Parameter],  # whole on each tensor rank, with equal gradients
+    axes: dict[str, Axis],  # stages have parameters of their own, data ranks the same
+    max_norm: float,
 ) -> Tensor:
-    """Scale every .grad so that the gradient of the whole model has at most this norm. Returns the norm before, 0-d.
+    """Scale every .grad so that the whole model's gradient has at most this norm.
 
-    shares: parameters of which each tensor rank has another part; copies: those that are whole on each tensor rank.
-    Each stage along "pp" has parameters of its own. All are the same along "dp", and their gradients are, too.
+    Returns the norm before, 0-d.
     """
     ### BEGIN SOLUTION
     squares = all_reduce(sum(p.grad.square().sum() for p in shares), axes["tp"])
@@ -475,7 +477,7 @@ with verdict():
 
 # %% tags=["setup"]
 def my_block(x: Tensor, p: dict[str, Tensor], tp: Axis) -> Tensor:
-    """x + MLP(norm(x)), for this rank's positions: (rows, its share of positions, 6) -> the same shape."""
+    """x + MLP(norm(x)) for this rank's positions: (rows, its positions, 6) -> the same."""
     normed = F.layer_norm(x, (6,), p["norm.weight"], p["norm.bias"])
     middle = F.gelu(F.linear(enter_sequence(normed, tp), p["up.weight"], p["up.bias"]))
     return x + leave_sequence(F.linear(middle, p["down.weight"]), tp) + p["down.bias"]
@@ -508,16 +510,16 @@ def my_block(x: Tensor, p: dict[str, Tensor], tp: Axis) -> Tensor:
 
 # %% task="03g.6" title="Mend: summed over everybody"
 def summed_over_both() -> set[str]:
-    """The parameters whose gradients are to be summed over "tp" as well as over "dp"."""
+    """The parameters whose gradients are to be summed over "tp", too."""
     ### BEGIN SOLUTION
     return {"norm.weight", "norm.bias", "down.bias"}
     ### END SOLUTION
 
 
-def hybrid_step(p: dict[str, Tensor], x: Tensor, wanted: Tensor, axes: dict[str, Axis]) -> Tensor:
-    """Set .grad of each parameter to that of the mean square of what is off, over the whole batch. Returns the loss.
+def hybrid_step(p: dict, x: Tensor, wanted: Tensor, axes: dict[str, Axis]) -> Tensor:
+    """Set .grad of each parameter in p. The loss is the mean square of y - wanted.
 
-    p: norm.weight, norm.bias and down.bias are whole, the others this rank's share. x, wanted: (rows, positions, 6).
+    x, wanted: (rows, positions, 6), the whole batch. Returns the loss of all of it.
     """
     dp, tp = axes["dp"], axes["tp"]
     for w in p.values():
