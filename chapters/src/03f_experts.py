@@ -900,7 +900,12 @@ assert 4 * 8 == 32 and Mesh(dp=4, ep=8).size == 32 and len(Mesh(dp=4, ep=8).line
 world.close()
 
 # %% [markdown] lang="en"
-# **Next:** [Memory and recovery](03h_memory_and_recovery.ipynb).
+# **Next:** [the exercises](../exercises/03f_experts.ipynb), four graded tasks, from the router's queue to a drop that
+# looks into the future:
+#
+#     python -m minipar grade exercises/03f_experts.ipynb
+#
+# Then [Hybrid parallelism](03g_hybrid.ipynb): all axes on one mesh.
 #
 # ## References
 #

@@ -94,7 +94,6 @@ def on_ring(axis: Axis, function: Callable, length: int) -> dict:
         seen.append(k.size(-2))
         return attend(q, k, v, causal)
 
-    gc.collect()
     gc.freeze()  # what is there already is not counted
     try:
         with ledger() as book:
