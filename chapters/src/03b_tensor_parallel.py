@@ -503,6 +503,9 @@ for operation, (same_in, same_out) in pairs.items():
 #
 # Read the table in pairs: each pair is one line, and the same line read backwards.
 #
+# **Exercise:** [tasks 03b.1 to 03b.3](../exercises/03b_tensor_parallel.ipynb): the shapes that a rank holds, and the two
+# cuts with their way back, as layers of an engine of your own.
+#
 # ## 4. An MLP: columns, then rows
 #
 # An MLP is two linear layers with a nonlinear function between: $Z = \text{GELU}(XA)\,B$. The width of the middle is
@@ -702,6 +705,9 @@ except RankError as report:
 # %% [markdown] lang="en"
 # (Models with *grouped-query attention* have fewer heads for keys and values than for queries: 8 in all sizes of Llama
 # 3, [Llama Team 2024](https://arxiv.org/abs/2407.21783). With more ranks than that, each head of keys is on several.)
+#
+# **Exercise:** [task 03b.4](../exercises/03b_tensor_parallel.ipynb): heads that share their keys, right on 4 ranks and
+# wrong on 2.
 #
 # ## 6. A whole model, and what it sends
 #
@@ -1002,6 +1008,9 @@ assert world.run(shapes_at_the_head, tokens, targets) == [[(b, s, 512 // 4), (b,
 # %% [markdown] lang="en"
 # In training, each rank has a quarter of the vocabulary. In inference the head gathers.
 #
+# **Exercise:** [tasks 03b.5 and 03b.6](../exercises/03b_tensor_parallel.ipynb): embedding and loss for any number of
+# ids, padding too, under a budget of bytes.
+#
 # ## 8. Sequence parallelism: between the cuts
 #
 # Follow an activation through a block. Inside attention and MLP each rank has a quarter. But between them, where
@@ -1214,6 +1223,9 @@ assert all("norm" in name or name.endswith(("out.bias", "down.bias")) for name i
 # Every norm and every bias of a row cut, and nothing else. The ranks have drifted apart: they no longer train one
 # model.
 #
+# **Exercise:** [task 03b.7](../exercises/03b_tensor_parallel.ipynb): somebody has mended this, and now all ranks agree
+# on a wrong gradient.
+#
 # ## 9. Randomness
 #
 # Dropout sets random elements to zero. On four ranks, each draws its own random numbers. From which seed?
@@ -1281,6 +1293,10 @@ for sequence in (False, True):
 assert distance(by_rows_of_the_batch, alone) > 0.01
 
 # %% [markdown] lang="en"
+# Four ranks drop what one would drop, and the law holds to the last digits.
+#
+# **Exercise:** [task 03b.8](../exercises/03b_tensor_parallel.ipynb): dropout that knows its place, on copies and shares.
+#
 # ## 10. A plan
 #
 # Which layers are cut how? The model says it, in a **[plan](../docs/glossary.md#plan)**: a dictionary from the names of
