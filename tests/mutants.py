@@ -47,11 +47,31 @@ SWAPS: dict[type, type] = {
 
 # What may pass, by task and change, and why.
 SURVIVORS = {
+    ("02a.4", "2 + 2 + 4 if mixed else 4 + 4 -> 4 + 4 if mixed else 2 + 2 + 4"): "8 bytes both ways",
+    ("02b.6", "have < axis.size -> have <= axis.size"): "in the round more, nobody is left to send to",
+    (
+        "02b.8",
+        "(~gradient.isfinite().all()).long() -> ~gradient.isfinite().all()",
+    ): "a sum of truth values is true as well",
+    (
+        "04b.2",
+        "torch.linalg.lstsq(rows, torch.ones_like(t)[:, None]).solution.flatten().tolist() -> "
+        "torch.linalg.lstsq(rows, torch.ones_like(t)[:, None]).solution.flatten()",
+    ): "two numbers all the same",
+    ("04b.7", "1000000000000.0 -> 1000000000001.0"): "a data sheet has three digits",
+    ("04b.7", "1000000000.0 -> 1000000001.0"): "a data sheet has three digits",
+    (
+        "04b.8",
+        "predict(model, layout, cluster, batch, sequence, exact=False) -> "
+        "predict(model, layout, cluster, batch, sequence)",
+    ): "simulated in place of estimated, the same layouts win",
+    ("04b.8", "False -> True"): "simulated in place of estimated, the same layouts win",
     ("03a.9", "loss.detach() -> loss"): "the same loss; its graph lives on until the step ends",
     ("03a.10", "own.detach() -> own"): "the same weights; the caller detaches them, too",
     ("03c.8", "axis.index % 2 == turn -> axis.index % 2 != turn"): "no deadlock either: one pair after the other",
     ("03c.8", "axis.index % 2 != turn -> axis.index % 2 == turn"): "no deadlock either: one pair after the other",
     ("03c.8", "axis.index % 2 -> axis.index // 2"): "no deadlock either: one pair after the other",
+    ("03d.5", "reversed(range(stages)) -> range(stages)"): "a ring in place of a V, par or better, too",
     ("03a.11", "torch.zeros((), dtype=torch.float64) -> torch.zeros(())"): "a zero without dimensions takes any dtype",
     ("03e.1", "torch.logaddexp(lse, more_lse) -> torch.logaddexp(more_lse, lse)"): "the same sum",
     ("09.5", "seed * 1000000 + step -> seed * 1000000 - step"): "still another number for each",
