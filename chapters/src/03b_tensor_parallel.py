@@ -503,8 +503,8 @@ for operation, (same_in, same_out) in pairs.items():
 #
 # Read the table in pairs: each pair is one line, and the same line read backwards.
 #
-# **Exercise:** [tasks 03b.1 to 03b.3](../exercises/03b_tensor_parallel.ipynb): the shapes that a rank holds, and the two
-# cuts with their way back, as layers of an engine of your own.
+# **Exercise:** [tasks 03b.1 to 03b.3](../exercises/03b_tensor_parallel.ipynb): the shapes that a rank holds, and the
+# two cuts with their way back, as layers of an engine of your own.
 #
 # ## 4. An MLP: columns, then rows
 #
@@ -1295,7 +1295,8 @@ assert distance(by_rows_of_the_batch, alone) > 0.01
 # %% [markdown] lang="en"
 # Four ranks drop what one would drop, and the law holds to the last digits.
 #
-# **Exercise:** [task 03b.8](../exercises/03b_tensor_parallel.ipynb): dropout that knows its place, on copies and shares.
+# **Exercise:** [task 03b.8](../exercises/03b_tensor_parallel.ipynb): dropout that knows its place, on copies and on
+# shares.
 #
 # ## 10. A plan
 #
