@@ -87,6 +87,17 @@ SURVIVORS = {
     ("10.4", "4 -> 5"): "more microbatches, the same gradients",
     ("04a.3", "Fraction(0) -> 0"): "the same number",
     ("03h.3", "float(overflow) -> overflow"): "the largest of truth values is as good",
+    ("03b.2", "x.view_as(x) -> x"): "autograd makes a view of an input that is returned",
+    (
+        "03b.4",
+        "y.unflatten(-1, (-1, head_dim)).transpose(1, 2) -> y.unflatten(-1, (-1, head_dim)).transpose(2, 1)",
+    ): "the same transposition",
+    ("03b.4", "y.transpose(1, 2) -> y.transpose(2, 1)"): "the same transposition",
+    ("03b.4", "-2 -> 2"): "the same dim of four",
+    ("03b.6", "-1 -> 1"): "the same dim of two",
+    ("03b.8", "torch.rand(shape, generator=draw) >= p -> torch.rand(shape, generator=draw) > p"): "p itself is not drawn",
+    ("03g.5", "norm > max_norm -> norm >= max_norm"): "a factor of one",
+    ("03g.6", "loss.detach() -> loss"): "the same loss; its graph lives on until the step ends",
 }
 
 

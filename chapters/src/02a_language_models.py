@@ -1310,6 +1310,10 @@ assert round(blocks / 1e9, 1) == 6.4 and round(16 * blocks / 1e9) == 103  # the 
 assert activation_bytes(config, 4, 128) == activation_bytes(config, 8, 64)  # the second
 
 # %% [markdown] lang="en"
+# **Exercises.** Seven graded tasks are in [the exercise notebook](../exercises/02a_language_models.ipynb): parameters,
+# FLOPs, bytes and MFU from the shape, a step that fits into memory, and a loop whose loss is too good. A terminal
+# grades them: `python -m minipar grade exercises/02a_language_models.ipynb`.
+#
 # **Next:** [02b, ranks and collectives](02b_ranks_and_collectives.ipynb): how several processes work on one model.
 #
 # ## References

@@ -861,10 +861,10 @@ print("the ledger of rank 5, bytes by axis:", answers[5][1])
 # - **mesh, axis, group**: a grid of ranks, one of its directions, the ranks on one line along it.
 # - **ledger**: the bytes a rank sent, by axis; the loopback's counter agrees.
 #
-# **Exercises.** The graded tasks begin with the next chapter, in [its exercise
-# notebook](../exercises/03a_data_parallel.ipynb). Before you go there, three things to try here: write `my_all_gather`
-# (section 5), if you have not; make the deadlock of section 3 with two ranks, and mend it; write `my_broadcast`
-# (section 4) so that each rank passes the tensor on to its right neighbor, and say when that beats the tree.
+# **Exercises.** Eight graded tasks are in [the exercise notebook](../exercises/02b_ranks_and_collectives.ipynb): a
+# circle of sends to untie, both halves of the ring, an all-reduce of any size, a broadcast by a tree, a mesh, and a
+# rank that does not come. Rounds and bytes are graded, on two to eight ranks. A terminal does it:
+# `python -m minipar grade exercises/02b_ranks_and_collectives.ipynb`.
 #
 # ## Three questions to take along
 #

@@ -615,6 +615,10 @@ for name, what in (("the best", found.best), ("theirs", theirs)):
 #
 # </details>
 #
+# **Exercises.** Eight graded tasks are in [the exercise notebook](../exercises/04b_cost_models.ipynb): fit a link, the
+# idle time of a schedule, the memory of a rank, the bytes of an axis, the seconds of a step, a data sheet read right,
+# and a search for the best layout. A terminal grades them: `python -m minipar grade exercises/04b_cost_models.ipynb`.
+#
 # ## References
 #
 # - Dao et al. 2022, *FlashAttention*, [arXiv 2205.14135](https://arxiv.org/abs/2205.14135)
