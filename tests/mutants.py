@@ -95,7 +95,10 @@ SURVIVORS = {
     ("03b.4", "y.transpose(1, 2) -> y.transpose(2, 1)"): "the same transposition",
     ("03b.4", "-2 -> 2"): "the same dim of four",
     ("03b.6", "-1 -> 1"): "the same dim of two",
-    ("03b.8", "torch.rand(shape, generator=draw) >= p -> torch.rand(shape, generator=draw) > p"): "p itself is not drawn",
+    (
+        "03b.8",
+        "torch.rand(shape, generator=draw) >= p -> torch.rand(shape, generator=draw) > p",
+    ): "p itself is not drawn",
     ("03g.5", "norm > max_norm -> norm >= max_norm"): "a factor of one",
     ("03g.6", "loss.detach() -> loss"): "the same loss; its graph lives on until the step ends",
 }
