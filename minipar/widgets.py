@@ -41,7 +41,8 @@ LIVE = "application/vnd.jupyter.widget-view+json"  # the kind of output that nee
 
 
 def explore(fn: Callable[..., Figure], **choices: Iterable[Any]) -> None:
-    """Show `fn(**setting)` with a control for each choice: a slider for a range of integers, else a menu.
+    """Show `fn(**setting)` with a control for each choice: a slider for a range of integers, else a menu. What has one
+    value only gets none.
 
     Args:
         fn: draws and returns a figure with a description (`viz.describe`); it depends on its arguments only.
@@ -102,7 +103,8 @@ def _live(fn: Callable[..., Figure], grid: dict[str, list[Any]]) -> Any:
         field.description, field.style.description_width = name, "initial"  # as wide as the name is
         ipywidgets.link((field, "value"), (slider, "value"))
         fields[name] = field
-        rows.append(ipywidgets.HBox([field, slider]))
+        if len(values) > 1:
+            rows.append(ipywidgets.HBox([field, slider]))
 
     def move(_: object = None) -> None:
         picture.value = _figure(*_frame(fn, {name: field.value for name, field in fields.items()}))
@@ -151,7 +153,7 @@ _SCRIPT = """(() => {
       input.dataset.lmSuppressShortcuts = "true";  // else JupyterLab takes the arrow keys
       input.oninput = show;
       inputs.push(input);
-      controls.append(label);
+      if (values[i].length > 1) controls.append(label);  // nothing to choose: no control
     });
     show();
   }

@@ -224,13 +224,34 @@ def test_links_lead_to_files_that_are_there(page):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+GLOSSARY = re.findall(
+    r'^\| <a id="(.+?)"></a>(.+?) \| (.+?) \| .+? \| \[\w+\]\(\.\./(.+?)\) \|$',
+    (ROOT / "docs/glossary.md").read_text(encoding="utf-8"),
+    re.M,
+)
+
+
 def test_the_glossary_has_its_terms_in_order_and_each_in_chinese():
-    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.M)[1:]
-    terms = [term.lower() for term, *_ in rows]
+    lines = [line for line in (ROOT / "docs/glossary.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    terms = [term.lower() for _, term, *_ in GLOSSARY]
+    assert len(terms) == len(lines) - 2, "a row of another form"
     assert len(terms) >= 60 and len(set(terms)) == len(terms) and terms == sorted(terms)
-    same = [term for term, chinese, *_ in rows if chinese.isascii()]
+    assert len({place for place, *_ in GLOSSARY}) == len(terms)
+    same = [term for _, term, chinese, _ in GLOSSARY if chinese.isascii()]
     assert same == ["bfloat16"], "what is called the same in both languages"
+
+
+def test_the_chapter_of_a_term_links_it_to_the_glossary_and_no_link_goes_elsewhere():
+    pages = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("chapters/src/*.py")}
+    missing = [
+        f"{page}: {term}"
+        for place, term, _, page in GLOSSARY
+        if f"(../docs/glossary.md#{place})" not in pages[ROOT / "chapters/src" / f"{Path(page).stem}.py"]
+    ]
+    assert missing == []
+    places = {place for place, *_ in GLOSSARY}
+    linked = {found for text in pages.values() for found in re.findall(r"glossary\.md#([^)]*)\)", text)}
+    assert linked <= places
 
 
 def test_every_exercise_has_at_least_three_wrong_answers_for_each_task():

@@ -724,7 +724,7 @@ assert worst < 0.04
 # The word *node* means a computer of a cluster, often with eight GPUs. What the document calls model parallelism is
 # what we split into `tp` and `pp`.
 #
-# All verdicts will be collected in chapter 3i, with the condition under which each of them flips.
+# [Chapter 3i](03i_claims.ipynb) collects all verdicts, with the condition under which each of them flips.
 # **Write down your own now.** You have seen enough for a guess, and for one of the seven you have more than a guess:
 # look at section 1 again.
 
@@ -745,20 +745,21 @@ print("claims without your verdict:", *(missing or ["none"]))
 #
 # The document's own plan is its section 1.4: theory, algorithms, mathematics, practice, applications, tools, outlook.
 # The course has a chapter for each of these, with the document's number. The upper line of the picture is the **core
-# path**. It leads from here to what a layout costs on a cluster. What hangs below can be read after the chapter that it
-# hangs on, now, later, or never. Chapters that are still to be written are in the table below, and not in the picture.
+# path**. It leads from here to the choice of a layout for a cluster. What hangs below can be read after the chapter
+# that it hangs on, now, later, or never.
 
 # %%
 core = [  # chapter, what it is about, hours
     ("01", "background", 0.75), ("02a", "language\nmodels", 2), ("02b", "ranks and\ncollectives", 2),
     ("03a", "data\nparallel", 3), ("03b", "tensor\nparallel", 3), ("03c", "pipeline\nparallel", 2.5),
-    ("04b", "cost\nmodels", 2.5),
+    ("03g", "hybrid", 2.5), ("04c", "which one?", 2),
 ]  # fmt: skip
 optional = {  # the chapter it hangs on
     "03a": [("03e", "long\ncontext", 2), ("03f", "experts", 2)],
-    "03c": [("03h", "memory,\nrecovery", 3), ("04a", "the math", 2)],
+    "03c": [("03d", "schedules", 2), ("03h", "memory,\nrecovery", 3)],
+    "03g": [("04a", "the math", 2), ("04b", "cost\nmodels", 2.5), ("03i", "claims", 1.5)],
 }
-assert sum(hours for *_, hours in core) == 15.75
+assert sum(hours for *_, hours in core) == 17.75
 
 
 # %%
@@ -768,14 +769,14 @@ def draw_chapter(x, y, name, about, hours, color):
     panel.text(x, y, f"{star}{name}\n{about}\n{hours:g} h", ha="center", va="center", fontsize=8, zorder=3)
 
 
-drawing, (panel,) = viz.figure(8.0, 3.2)
+drawing, (panel,) = viz.figure(8.0, 4.2)
 for x, (name, about, hours) in enumerate(core):
     draw_chapter(x, 0, name, about, hours, "#A9D6F2")
     for depth, chapter in enumerate(optional.get(name, []), start=1):
         panel.plot([x, x], [0, depth], color=viz.LINE, zorder=1)
         draw_chapter(x, depth, *chapter, viz.PALE)
 panel.plot([0, len(core) - 1], [0, 0], color=viz.INK, zorder=1)
-panel.set(xlim=(-0.5, len(core) - 0.5), ylim=(2.45, -0.45))
+panel.set(xlim=(-0.5, len(core) - 0.5), ylim=(3.45, -0.45))
 panel.axis("off")
 alt = "A map. The core path, from left to right: " + ", ".join(f"{name} ({hours:g} hours)" for name, _, hours in core)
 hanging = "; ".join(f"below {name}: " + ", ".join(c[0] for c in some) for name, some in optional.items())
@@ -786,8 +787,8 @@ rest = sum(hours for some in optional.values() for *_, hours in some)
 print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest:g} hours; exercises not counted")
 
 # %% [markdown] lang="en"
-# Two long days for the core path, or two weeks of evenings. The hours are estimates, for someone who writes down the
-# predictions and tries what it says to try.
+# Two long days for the core path (with the page [for teachers](../docs/teaching.md)), or two weeks of evenings. The
+# hours are estimates, for someone who writes down the predictions and tries what it says to try.
 #
 # | chapter | what you do there |
 # |---|---|
@@ -797,15 +798,15 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # | ★ [03a](03a_data_parallel.ipynb) data parallelism | cut the batch; share out what all ranks hold in common (ZeRO) |
 # | ★ [03b](03b_tensor_parallel.ipynb) tensor parallelism | cut matrices, and find out what has to be sent |
 # | ★ [03c](03c_pipeline_parallel.ipynb) pipeline parallelism | cut the list of layers, on one process first |
-# | 03d schedules (to come) | fill the gaps of a pipeline |
+# | [03d](03d_schedules.ipynb) schedules | fill the gaps of a pipeline |
 # | [03e](03e_long_context.ipynb) long context | cut a row of text that is too long for one device |
 # | [03f](03f_experts.ipynb) experts | send tokens to the ranks that hold their experts |
-# | ★ 03g hybrid parallelism (to come) | twelve layouts of one model, compared |
+# | ★ [03g](03g_hybrid.ipynb) hybrid parallelism | twelve layouts of one model, compared |
 # | [03h](03h_memory_and_recovery.ipynb) memory and recovery | save memory; lose a rank, and go on |
-# | 03i claims (to come) | the document's sentences, each with a verdict |
+# | [03i](03i_claims.ipynb) claims | the document's sentences, each with a verdict |
 # | [04a](04a_math.ipynb) the math | why a model that is cut learns the same, by hand and by algebra |
-# | ★ [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
-# | ★ 04c questions (to come) | which model, and which layout for which machines? |
+# | [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
+# | ★ [04c](04c_faq.ipynb) questions | which model, and which layout for which machines? |
 #
 # Chapters 5 to 8 belong to the document's last four sections: practice with a real pretrained model, applications,
 # tools, and what comes next. They build on the core path.
@@ -818,7 +819,7 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # - **Change things.** Other numbers in a mesh, another seed, another batch: if something does not fit, the message says
 #   what would. If ranks wait for each other, you get a report of who waits for whom, after a few seconds.
 # - **Exercises.** Where a chapter has an exercise notebook, tasks in it are graded on the command line, a line a task,
-#   with hints that come one at a time. The first one belongs to chapter 3a:
+#   with hints that come one at a time. For chapter 3a:
 #   `python -m minipar grade exercises/03a_data_parallel.ipynb`.
 # - **If something does not start**, in a terminal: `python -m minipar doctor`. It prints the versions, cores
 #   and memory that it finds, starts four ranks, and lets them add up numbers. Where something is amiss, a line that

@@ -1074,8 +1074,9 @@ print(f"on the text to train on: single tokens {single_tokens(known):.2f}, pairs
 assert baselines["pairs"] < baselines["single tokens"] < uniform
 
 # %% [markdown] lang="en"
-# Now the model: 600 steps of 8 rows with 64 tokens. The learning rate rises over the first steps, the **warm-up**, and
-# then falls to 0. The second of Adam's $\beta$ is 0.95, as it was for GPT-3.
+# Now the model: 600 steps of 8 rows with 64 tokens. The learning rate rises over the first steps, the
+# **[warm-up](../docs/glossary.md#warm-up)**, and then falls to 0. The second of Adam's $\beta$ is 0.95, as it was for
+# GPT-3.
 #
 # **Predict:** which of the three baselines does it beat, and after about how many steps?
 
@@ -1318,7 +1319,8 @@ assert activation_bytes(config, 4, 128) == activation_bytes(config, 8, 64)  # th
 #
 # ## References
 #
-# - Brown et al. 2020, Language Models are Few-Shot Learners, [arxiv.org/abs/2005.14165](https://arxiv.org/abs/2005.14165)
+# - Brown et al. 2020, Language Models are Few-Shot Learners,
+#   [arxiv.org/abs/2005.14165](https://arxiv.org/abs/2005.14165)
 # - Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost,
 #   [arxiv.org/abs/1604.06174](https://arxiv.org/abs/1604.06174)
 # - Dao et al. 2022, FlashAttention, [arxiv.org/abs/2205.14135](https://arxiv.org/abs/2205.14135)

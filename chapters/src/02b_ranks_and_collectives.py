@@ -27,7 +27,7 @@
 # ## Three questions to warm up
 #
 # 1. A model has 7 billion parameters and is trained with Adam in mixed precision. How many bytes do its weights,
-#    gradients and optimizer states take?
+#    gradients and [optimizer states](../docs/glossary.md#optimizer-state) take?
 # 2. Eight processes train on a laptop with two cores. Which of these can you trust to carry over to a cluster: the
 #    seconds, the bytes sent, the order of events, the memory of each process?
 # 3. One block of a GPT of width $h$ has about $12h^2$ weights. How many are that for $h = 256$?

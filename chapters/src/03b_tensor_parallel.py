@@ -7,7 +7,8 @@
 # - say why ranks that own different layers mostly wait, and measure it;
 # - cut a matrix by columns and by rows, and derive what has to be sent forward and backward;
 # - write the two functions that all of Megatron-style parallelism rests on, and test that they are right;
-# - cut an MLP, an attention, an embedding and a cross-entropy, and train a GPT on four ranks with equal gradients;
+# - cut an MLP, an attention, an embedding and a [cross-entropy](../docs/glossary.md#cross-entropy), and train a GPT on
+#   four ranks with equal gradients;
 # - count the bytes: 8 *bsh* (*t* − 1)/*t* elements for each layer and microbatch, whatever the size of the weights;
 # - cut the sequence between the layers, too, and find a bug that a loss curve hides;
 # - say when all this pays, and why it stays inside one machine.

@@ -2,19 +2,21 @@
 # # Pipeline parallelism
 #
 # A model that does not fit on one device can be cut between its layers: the first device has the first layers, the
-# second one the next. Each such slice is a **stage**. Activations travel down from stage to stage, gradients travel
-# back up. That is **pipeline parallelism**.
+# second one the next. Each such slice is a **[stage](../docs/glossary.md#stage)**. Activations travel down from stage
+# to stage, gradients travel back up. That is **[pipeline parallelism](../docs/glossary.md#pipeline-parallelism)**.
 #
-# If you gave up on pipelines elsewhere: four things usually come at once, a cut through autograd, microbatches,
-# messages that must not block each other, and an order of work with a strange name. Here we take them one at a time, in
-# six small steps. Each ends with something that works, and you can take a break after any of them. At the end you can
+# If you gave up on pipelines elsewhere: four things usually come at once, a cut through autograd,
+# [microbatches](../docs/glossary.md#microbatch), messages that must not block each other, and an order of work with a
+# strange name. Here we take them one at a time, in six small steps. Each ends with something that works, and you can
+# take a break after any of them. At the end you can
 #
 # - cut a model in two, and carry the gradient across the cut by hand;
 # - accumulate gradients over microbatches, and catch the mistake that a loss curve hides;
 # - draw what two stages do with three microbatches, on paper;
 # - find out before a run whether an order of work will hang;
 # - write a pipeline in three short functions that trains on real ranks, and gives what one process gives;
-# - derive the order that large runs use, 1F1B, from a rule of one sentence, and say what it costs in time and memory.
+# - derive the order that large runs use, [1F1B](../docs/glossary.md#1f1b), from a rule of one sentence, and say what it
+#   costs in time and memory.
 #
 # **Time:** about two and a half hours, or six times 20 minutes. **You need:** [Ranks and
 # collectives](02b_ranks_and_collectives.ipynb), sections 1 to 4; [Data parallelism](03a_data_parallel.ipynb) helps,
@@ -223,6 +225,8 @@ viz.show(draw_the_cut())
 # The stages are slices of the *model*, not of the training process. And passing outputs on is half of it: without the
 # gradients that come back, only the last stage would learn.
 #
+# **Exercise:** [task 03c.2](../exercises/03c_pipeline_parallel.ipynb): carry the gradient across the cut.
+#
 # ## 2. The same in small portions
 #
 # Look at the picture again. While stage 0 does step 1, stage 1 has nothing to do, and the other way around. Cutting a
@@ -247,8 +251,8 @@ def carry(first, second, tokens, targets, count):
 
 
 # %% [markdown] lang="en"
-# `backward()` *adds* to `p.grad`. So after the last microbatch the sum over all of them is there. This is **gradient
-# accumulation**.
+# `backward()` *adds* to `p.grad`. So after the last microbatch the sum over all of them is there. This is **[gradient
+# accumulation](../docs/glossary.md#gradient-accumulation)**.
 #
 # **Your turn.** The cell below carries only the first of three microbatches. Make it a loop over all of them:
 # `rows(tokens, 3)` gives a list of three pieces. By which `count` must each loss be divided, so that the sum is the
@@ -345,6 +349,9 @@ assert abs(off - 3) < 1e-9  # gradients 4 times too large: 4 - 1 = 3 times too m
 # The gradients are exactly $m$ times too large. **A loss curve is no test; the gradient of one process is.** We will
 # use it after every step from here on.
 #
+# **Exercise:** [task 03c.3](../exercises/03c_pipeline_parallel.ipynb): microbatches add up, with rows of different
+# lengths.
+#
 # ## 3. On paper
 #
 # Take a sheet of squared paper. Two stages, so two rows. Three microbatches, numbered 0, 1, 2. Write `F1` for the
@@ -366,8 +373,8 @@ prediction = None  # (squares, share empty) with one; squares with three
 
 # %% [markdown] lang="en"
 # To check your drawing, write it down: one line of text a stage, in the order from left to right. `simulate` then
-# starts each action as early as the rules allow, and `viz.draw` draws it. In minipar such a list of lists of actions
-# is called a **schedule**, and it is plain data: no tensors, no processes.
+# starts each action as early as the rules allow, and `viz.draw` draws it. In minipar such a list of lists of actions is
+# called a **[schedule](../docs/glossary.md#schedule)**, and it is plain data: no tensors, no processes.
 
 
 # %%
@@ -383,7 +390,7 @@ viz.show(viz.draw(one, title="one microbatch", unit="squares"))
 
 # %% [markdown] lang="en"
 # (The picture says *rank*, because each stage will live on a rank of its own.) Half of the time of both is empty. Gray
-# is idle time, and its share has a name: the **bubble**.
+# is idle time, and its share has a name: the **[bubble](../docs/glossary.md#bubble)**.
 #
 # **Your turn.** Replace the two lines below by your drawing. As they stand, each microbatch is carried through before
 # the next one begins.
@@ -414,6 +421,8 @@ for name, order in (("all forwards first", forwards_first), ("turn around at onc
 # 12 squares each, and a quarter of them empty. Can it be done in 11? Each stage has three F and three B, which are
 # 9 squares. Stage 1 cannot begin before stage 0 has done one F. And when stage 1 has done its last B, stage 0 still
 # has to do its own. That is 1 + 9 + 2 = 12: no order is faster. **Third success**, if your drawing has 12.
+#
+# **Exercise:** [task 03c.1](../exercises/03c_pipeline_parallel.ipynb): draw an order with a detour.
 #
 # ## 4. An order that hangs
 #
@@ -475,7 +484,8 @@ except Deadlock as report:
 #
 # So far a stage that has computed something was free to go on: the message was under way by itself. In chapter 2b you
 # met another kind of send, `send`, which returns only when the other side *has come to its receive*. This meeting is
-# called a **rendezvous**. The simulator can do that, too, and then an order has more to wait for.
+# called a **[rendezvous](../docs/glossary.md#rendezvous-send)**. The simulator can do that, too, and then an order has
+# more to wait for.
 #
 # **Question.** Back to the two good orders, `forwards_first` and `turn_around`. With `sends="rendezvous"`, which of
 # the two still gets done?
@@ -676,6 +686,9 @@ assert distance(together(answers), alone) < 1e-12
 # %% [markdown] lang="en"
 # Nothing. The two ranks in the middle receive and send in both directions, and the code for it was there already.
 #
+# **Exercise:** [tasks 03c.6 and 03c.8](../exercises/03c_pipeline_parallel.ipynb): an executor of your own, held to
+# its bytes and its memory, and ranks that all send first.
+#
 # ## 6. 1F1B, from one rule
 #
 # Two good orders for two stages you found on paper. What about four stages and eight microbatches? Nobody should have
@@ -684,8 +697,8 @@ assert distance(together(answers), alone) < 1e-12
 # The function `greedy` plays that game: tick by tick, each rank looks at what it could do. `choose` gets
 #
 # - `ready`: a set, with `"F"` if the next forward could start now, and `"B"` if the next backward could;
-# - `in_flight`: the **microbatches in flight** on this rank, those with F done and B not yet. For each of them the rank
-#   keeps activations;
+# - `in_flight`: the **microbatches [in flight](../docs/glossary.md#in-flight)** on this rank, those with F done and B
+#   not yet. For each of them the rank keeps activations;
 # - `cap`: the number of stages from this one to the end, $p - r$ for rank $r$ of $p$.
 #
 # and returns `"F"`, `"B"`, or None to wait.
@@ -729,10 +742,10 @@ assert greedy(4, 8, forward_first) == gpipe(4, 8)
 viz.show(viz.draw(simulate(greedy(4, 8, forward_first)), title="forward first", unit="forward passes"))
 
 # %% [markdown] lang="en"
-# All forwards, then all backwards. This is **GPipe** (Huang et al. 2018,
+# All forwards, then all backwards. This is **[GPipe](../docs/glossary.md#gpipe)** (Huang et al. 2018,
 # [arXiv:1811.06965](https://arxiv.org/abs/1811.06965)). Look at rank 0 just before its first backward: it keeps the
-# activations of all eight microbatches. With 100 microbatches, it would keep 100. This limits the number
-# of microbatches, and many are what makes the bubble small.
+# activations of all eight microbatches. With 100 microbatches, it would keep 100. This limits the number of
+# microbatches, and many are what makes the bubble small.
 #
 # The remedy is to be eager to finish: **do a backward if one is ready. Else do a forward, but only while fewer than
 # $p - r$ microbatches are in flight.** A microbatch's activations are given up in its backward, so backward first
@@ -996,6 +1009,8 @@ viz.show(drawing, f"Loss of one process and of the pipeline over 15 steps: one c
 # %% [markdown] lang="en"
 # (The one process has four microbatches and the pipeline six. As you know by now, that changes nothing.)
 #
+# **Exercise:** [tasks 03c.4 and 03c.5](../exercises/03c_pipeline_parallel.ipynb): GPipe and 1F1B as lists of actions.
+#
 # **You can stop here.** You have cut a model, carried gradients over the cut, met both kinds of deadlock, and written
 # 1F1B. What follows is for another day: two things to play with, then how the package does it.
 #
@@ -1171,7 +1186,8 @@ with World(2) as pair:
 # ## 9. One weight on two stages
 #
 # Many models use one matrix twice: to look tokens up at the beginning, and to predict them at the end. The embedding is
-# **tied** to the head. In a pipeline these two places are the first and the last rank.
+# **[tied](../docs/glossary.md#tied-embedding)** to the head. In a pipeline these two places are the first and the last
+# rank.
 #
 # **Question.** Run our pipeline on a tied model. Both ranks start with equal copies of that matrix. Which of them gets
 # the right gradient for it?
@@ -1217,6 +1233,8 @@ four.close()
 # Both add in the same order, that of the ranks. $a + b$ and $b + a$ are equal, but with a third copy the order of a sum
 # decides on its last digit, and copies that differ in a digit drift.
 #
+# **Exercise:** [task 03c.7](../exercises/03c_pipeline_parallel.ipynb): one matrix on two ranks.
+#
 # ## What you have now
 #
 # - **stage**: a slice of the model's layers. Activations travel down, as many gradients travel back.
@@ -1252,7 +1270,12 @@ assert abs(bubble(simulate(one_f_one_b(8, 56))) - 7 / 63) < 1e-12  # the first a
 assert in_flight(one_f_one_b(8, 56)[0]) == 8
 
 # %% [markdown] lang="en"
-# **Next:** [Long context](03e_long_context.ipynb). If you want to know how the bubble shrinks further, read
+# **Next:** [the exercises](../exercises/03c_pipeline_parallel.ipynb), eight graded tasks, from a drawing to 1F1B on
+# four ranks:
+#
+#     python -m minipar grade exercises/03c_pipeline_parallel.ipynb
+#
+# Then [Long context](03e_long_context.ipynb). If you want to know how the bubble shrinks further, read
 # [Schedules](03d_schedules.ipynb) first; it is optional. A glimpse: one way gives each rank several thin slices in
 # place of a thick one. Another one splits backward into the two halves that you saw as `backward_input` and
 # `backward_weight`. Only the first is awaited by another rank, so the second can fill the gaps. With four ranks and

@@ -250,6 +250,8 @@ viz.show(drawing, f"Length of a step with 1 to 8 chunks. {text}. The dearer the 
 # on all of these links, eight only where messages are almost free. Narayanan et al. report 10% and more throughput from
 # interleaving.
 #
+# **Exercise:** [tasks 03d.1 and 03d.2](../exercises/03d_schedules.ipynb): around the ring, and the whole order.
+#
 # ## 3. Two halves of a backward
 #
 # Now for the other way: work for those who wait. In 1F1B everything that a rank could do is needed at once by someone.
@@ -401,8 +403,9 @@ assert after_input == 16 * x.nbytes and 16 * x.nbytes < after_forward < 16.5 * x
 
 # %% [markdown] lang="en"
 # As many. Of what forward kept, $I$ uses up some things for good, and in their place come the gradients $g$. For this
-# block it is nearly a tie: 7 widths of $x$ and 9 of $g$. So a weight gradient that waits costs as much memory as a
-# microbatch in flight. `in_flight` and `memory` count it so: a microbatch is kept **from its F to its W**.
+# block it is nearly a tie: 7 widths of $x$ and 9 of $g$. So a [weight
+# gradient](../docs/glossary.md#input-gradient-weight-gradient) that waits costs as much memory as a microbatch in
+# flight. `in_flight` and `memory` count it so: a microbatch is kept **from its F to its W**.
 #
 # ### Do F, I and W take as long?
 #
@@ -461,6 +464,8 @@ viz.show(drawing, f"Shares of F, I and W in the time of one block. In ms, {text}
 # GPUs not little: Qi et al. measured 18.5, 18.1 and 9.3 ms for a model of 1.5 billion parameters (their Table 9).
 #
 # In the next three sections all three take one unit. Section 8 is about what happens when they do not.
+#
+# **Exercise:** [task 03d.3](../exercises/03d_schedules.ipynb): I now, W later, for a layer of your own.
 #
 # ## 4. One more line in the rule: ZB-H1
 #
@@ -584,6 +589,9 @@ for p, m in product(range(1, 7), range(11, 15)):
     assert abs(simulate(one_f_one_b(p, m), costs).end - 3.5 * m - (p - 1) * 3.5) < 1e-9
 
 # %% [markdown] lang="en"
+# **Exercise:** [task 03d.4](../exercises/03d_schedules.ipynb): fill the bubble, and train with your order on four
+# ranks.
+#
 # ## 5. ZB-H2, and what a bubble is
 #
 # For the times above, $d = 2$ would leave 3.75 units. And if $F = I = W$, it leaves nothing. What does that take? The
@@ -1255,7 +1263,12 @@ runs = [simulate(make(8, 32), Costs(10, 10, 5)) for make in (zero_bubble_h1, zer
 assert [max(s.end for s in run.of(0)) - 32 * 25 for run in runs] == [105, 70]
 
 # %% [markdown] lang="en"
-# **Next:** [Long context](03e_long_context.ipynb).
+# **Next:** [the exercises](../exercises/03d_schedules.ipynb), five graded tasks. The last one is golf, with other
+# limits and a scorecard beside the best known scores:
+#
+#     python -m minipar grade exercises/03d_schedules.ipynb
+#
+# Then [Long context](03e_long_context.ipynb).
 #
 # ## References
 #

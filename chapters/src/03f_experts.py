@@ -1,14 +1,15 @@
 # %% [markdown] lang="en"
 # # Experts
 #
-# All weights of the models so far work on every token. A **mixture of experts** has many more weights, of which each
-# token uses a few. That makes a large model cheap to compute, and it needs a new way to share it out: ranks hold
-# different experts, and *tokens* travel to them. This is **expert parallelism**, the axis `ep` of a mesh. At the end of
-# this chapter you can
+# All weights of the models so far work on every token. A **mixture of [experts](../docs/glossary.md#expert)** has many
+# more weights, of which each token uses a few. That makes a large model cheap to compute, and it needs a new way to
+# share it out: ranks hold different experts, and *tokens* travel to them. This is **[expert
+# parallelism](../docs/glossary.md#expert-parallelism)**, the axis `ep` of a mesh. At the end of this chapter you can
 #
-# - write a router and a mixture of experts, and count its parameters and operations;
-# - say what capacity is, what it drops and what it leaves empty;
-# - show in a short run what the load-balancing loss is for;
+# - write a [router](../docs/glossary.md#router) and a [mixture of experts](../docs/glossary.md#mixture-of-experts), and
+#   count its parameters and operations;
+# - say what [capacity](../docs/glossary.md#capacity) is, what it drops and what it leaves empty;
+# - show in a short run what the [load-balancing loss](../docs/glossary.md#load-balancing-loss) is for;
 # - write the two all-to-alls that carry tokens to their experts and back, and predict every byte;
 # - say which gradients are summed over which ranks, and show what happens when that is wrong;
 # - train on `Mesh(dp=2, ep=2)` and get the gradients of one process.
@@ -560,8 +561,8 @@ viz.show_source(expert.dispatch, expert.combine, expert._exchange, expert.cut_ex
 # %% [markdown] lang="en"
 # - One collective in place of $2(n-1)$ messages, and a gradient: `Collective.apply` takes the way there and the way
 #   back.
-# - `cut_experts` keeps a rank's share of every weight, and puts dispatch and combine around the layer's `forward`. The
-#   mixture itself is not told.
+# - `cut_experts` keeps a rank's share of every weight, and puts [dispatch](../docs/glossary.md#dispatch) and combine
+#   around the layer's `forward`. The mixture itself is not told.
 # - Ranks may have unlike numbers of rows, so unlike N. An all-to-all with disagreeing sizes would hang or crash. So
 #   they agree on the largest first, one number, and fill up with zeros.
 #

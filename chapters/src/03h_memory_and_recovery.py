@@ -5,7 +5,7 @@
 # machines that it runs on. At the end of this chapter you can
 #
 # - say what a forward pass leaves in memory for backward, count it, and trade most of it for one more forward;
-# - name what is lost in bfloat16 and in float16, with numbers, and train in both;
+# - name what is lost in [bfloat16](../docs/glossary.md#bfloat16) and in float16, with numbers, and train in both;
 # - clip gradients by a norm that no single rank knows;
 # - drop the same elements on every layout;
 # - save on 8 ranks and go on with 4, or with one, bit for bit;
@@ -186,10 +186,11 @@ assert sum(large) == 16 and sum(units) < 16.2
 # The small pieces are a mean and a scale for each token and norm, and one number for each token and head of attention.
 #
 # A published count of the same block is $34\,sbh + 5\,as^2b$ bytes (Korthikanti et al. 2022), with $b$ rows of $s$
-# tokens, width $h$ and $a$ heads. It is the same sixteen: they have 2 bytes each, that is 32. Two more are the masks
-# of two dropouts, a byte for each element. The term with $s^2$ comes from attention that is written out: the matrix of
-# every token against every token, for each head. **Fused attention** computes it piece by piece and never has it in
-# memory (Dao et al. 2022). PyTorch has both. How many units do they leave, if rows are four times as long?
+# tokens, width $h$ and $a$ heads. It is the same sixteen: they have 2 bytes each, that is 32. Two more are the masks of
+# two [dropouts](../docs/glossary.md#dropout), a byte for each element. The term with $s^2$ comes from attention that is
+# written out: the matrix of every token against every token, for each head. **Fused attention** computes it piece by
+# piece and never has it in memory (Dao et al. 2022). PyTorch has both. How many units do they leave, if rows are four
+# times as long?
 
 # %%
 prediction = None  # units at 128 tokens, (fused, written out)
@@ -214,9 +215,9 @@ assert abs(grows[32][0] - grows[128][0]) < 0.01 and grows[128][1] > grows[32][1]
 #
 # ## 2. Keep the input, compute the rest again
 #
-# All sixteen units follow from one: the block's input. So forget everything else, and when backward comes to the
-# block, run its forward once more. This is **recomputation**, or activation checkpointing (Chen et al. 2016). In this
-# chapter a *checkpoint* is a file; we say recompute.
+# All sixteen units follow from one: the block's input. So forget everything else, and when backward comes to the block,
+# run its forward once more. This is **recomputation**, or activation checkpointing (Chen et al. 2016). In this chapter
+# a *[checkpoint](../docs/glossary.md#checkpoint)* is a file; we say [recompute](../docs/glossary.md#recompute).
 #
 # The price is work. Count a forward as 1. Backward is 2, since each matrix product needs two more, one for the
 # gradient of its input and one for that of its weight.
@@ -720,7 +721,8 @@ def lost_at(scale, tokens_of_a_step):
 
 
 # %% [markdown] lang="en"
-# What is too small becomes 0. The cure is a trick: multiply the loss by a large number $S$, the **loss scale**. By the
+# What is too small becomes 0. The cure is a trick: multiply the loss by a large number $S$, the
+# **[loss scale](../docs/glossary.md#loss-scaling)**. By the
 # chain rule every gradient is then $S$ times as large. Divide the weights' gradients by $S$ again, in float32, before
 # the optimizer sees them. If $S$ is a power of two, nothing is rounded on the way.
 #
@@ -874,7 +876,7 @@ viz.show_source(Parallel._check_overflow, LossScale.update)
 # PyTorch's `clip_grad_norm_` does it for the parameters that it is given. On a mesh a rank has a part of them.
 #
 # **Question.** Two ranks have one weight each, with gradients 3 and 4. The limit is 1. What are the gradients after
-# clipping, right, and if each rank calls `clip_grad_norm_` on its own?
+# [clipping](../docs/glossary.md#gradient-clipping), right, and if each rank calls `clip_grad_norm_` on its own?
 
 # %%
 prediction = None  # ((.., ..), (.., ..))

@@ -7,7 +7,7 @@
 #
 # - count the parameters and FLOPs of a model, and say what "percent of peak" means in a paper;
 # - say what memory goes to, before you run out of it;
-# - fit the two numbers of a link, alpha and beta, on your own machine;
+# - fit the two numbers of a link, [alpha](../docs/glossary.md#alpha) and beta, on your own machine;
 # - compute the idle time of any pipeline schedule to four decimals;
 # - predict a step on a cluster that you do not have, and say how far such a prediction can be trusted.
 #
@@ -151,8 +151,9 @@ viz.show_source(cost.forward_flops, cost.step_flops)
 # [Memory and recovery](03h_memory_and_recovery.ipynb)), which is one more forward: 8 FLOPs a weight and token where the
 # model needs 6. It counts all 8. The second prints both:
 #
-# - **MFU**, model FLOPs utilization: the FLOPs that the model needs, by the time and the peak. Recompute does not help.
-# - **HFU**, hardware FLOPs utilization: all FLOPs that are done.
+# - **[MFU](../docs/glossary.md#mfu)**, model FLOPs utilization: the FLOPs that the model needs, by the time and the
+#   peak. Recompute does not help.
+# - **[HFU](../docs/glossary.md#hfu)**, hardware FLOPs utilization: all FLOPs that are done.
 #
 # **Question.** 44 to 52 percent with full recompute: about how much MFU is that?
 
@@ -328,7 +329,7 @@ assert middle["tp"] > 10 * middle["dp"] > 10 * middle["pp"] / 2
 
 # %% [markdown] lang="en"
 # The tensor axis sends by far the most, and computation waits for it. That is why it is the innermost axis, and stays
-# inside a node.
+# inside a [node](../docs/glossary.md#node).
 #
 # ## 4. Seconds on the wire: alpha and beta
 #
@@ -470,8 +471,9 @@ widgets.schedule_explorer(ranks=[4], microbatches=[8, 4])
 # %% [markdown] lang="en"
 # ## 7. A step on a cluster that you do not have
 #
-# All the pieces are there. `predict` prices the kernels of a block by the roofline, the collectives by alpha and beta,
-# simulates the schedule with these costs, and adds what gradients cost that nothing hides.
+# All the pieces are there. `predict` prices the kernels of a block by the [roofline](../docs/glossary.md#roofline), the
+# collectives by alpha and beta, simulates the schedule with these costs, and adds what gradients cost that nothing
+# hides.
 
 # %%
 run = published.RUNS[3]
@@ -631,6 +633,9 @@ for name, what in (("the best", found.best), ("theirs", theirs)):
 # - Qi et al. 2023, *Zero Bubble Pipeline Parallelism*, [arXiv 2401.10241](https://arxiv.org/abs/2401.10241)
 # - Rajbhandari et al. 2020, *ZeRO*, [arXiv 1910.02054](https://arxiv.org/abs/1910.02054)
 # - Williams, Waterman and Patterson 2009, *Roofline*, Communications of the ACM 52(4)
+#
+# **Next:** [which model, which layout, and how](04c_faq.ipynb). There you argue with the planner about a run of your
+# own.
 
 # %%
 world.close()
