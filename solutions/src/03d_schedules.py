@@ -328,8 +328,8 @@ def scorecard(make: Callable) -> tuple[str, str]:
 # ## 03d.1 · Trace: around the ring
 #
 # Two ranks, four stages, four microbatches, forwards only. Rank 0 has the stages 0 and 2, rank 1 has the stages 1 and
-# 3: a microbatch goes from rank 0 to rank 1, back to rank 0, and to rank 1 again. `F1/s2` is the forward of microbatch
-# 1 on stage 2. Each takes one tick, and F on a stage waits for the same F on the stage before.
+# 3: a microbatch goes from rank 0 to rank 1, back to rank 0, and to rank 1 again. F1/s2 is the forward of microbatch 1
+# on stage 2. Each takes one tick, and F on a stage waits for the same F on the stage before.
 #
 # Where a rank could go on with a microbatch that has come back, or begin a new one, **the one that has come back goes
 # first**. The beginning is done:
