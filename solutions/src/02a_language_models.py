@@ -292,7 +292,7 @@ with verdict():
         cause = cause or " The head is counted, and it is the embedding." * (c.tied and got == right + V * h)
         assert got == right, f"{shape(c)}: you count {got:,}, and the model has {right:,}.{cause}"
     large = Config(vocab=50257, context=2048, depth=96, width=12288, heads=96, tied=True)
-    print(f"GPT-3: {parameters(large):,} parameters, {12 * 96 * 12288**2 / parameters(large):.1%} of them 12 l h²")
+    print(f"GPT-3: {parameters(large):,.0f} parameters, {12 * 96 * 12288**2 / parameters(large):.1%} of them 12 l h²")
 
 # %% [markdown] lang="en"
 # ## 02a.3 · Write: the FLOPs of a step
@@ -355,11 +355,11 @@ with verdict():
             right + head: "Recompute does not do the head again." if recompute else "",
             right + attention // tokens * (c.context - tokens): f"Rows have {tokens} tokens here, not {c.context}.",
         }
-        what = f"{shape(c)}, {rows} rows of {tokens} tokens, recompute={recompute}: you say {got:,} FLOPs"
+        what = f"{shape(c)}, {rows} rows of {tokens} tokens, recompute={recompute}: you say {got:,.0f} FLOPs"
         told = f"{what}, PyTorch counts {right:,}, {attention:,} of them attention's two products."
-        assert got == right, f"{told} {wrong.get(got, '')}".rstrip()
+        assert abs(got - right) < 0.5, f"{told} {wrong.get(round(got), '')}".rstrip()
     more = step_flops(Config(), 8, 128, True) / step_flops(Config(), 8, 128, False) - 1
-    print(f"the small GPT: {step_flops(Config(), 8, 128, False):,} FLOPs for 8 rows, {more:.0%} more with recompute")
+    print(f"the small GPT: {step_flops(Config(), 8, 128, False):,.0f} FLOPs for 8 rows, {more:.0%} more with recompute")
 
 # %% [markdown] lang="en"
 # ## 02a.4 · Write: what training keeps
@@ -417,9 +417,11 @@ with verdict():
     for size, memory, right in [(112, 80, 2), (80, 80, 1), (81, 80, 2), (10, 80, 1), (160 * 10**9, 80 * 10**9, 2)]:
         got = number(devices(size, memory), "devices")
         told = f"{size:,} bytes on devices of {memory:,}: you say {got}, and it takes {right}."
-        assert got == right and isinstance(got, int), told
+        assert got == right, told
     every = {name: devices(state_bytes(70 * 10**9, name, True), 80 * 10**9) for name in OPTIMIZERS}
-    print("70 billion parameters, mixed precision, devices of 80 GB:", ", ".join(f"{k} {n}" for k, n in every.items()))
+    print(
+        "70 billion parameters, mixed precision, devices of 80 GB:", ", ".join(f"{k} {n:g}" for k, n in every.items())
+    )
 
 # %% [markdown] lang="en"
 # ## 02a.5 · Write: a step that fits
@@ -496,9 +498,8 @@ with verdict():
         why = "Is there a backward before the next forward, and are rows shared out evenly?"
         assert most <= 1.01 * largest, f"{told} {most:,} bytes are kept at a time, and {largest:,} will do. {why}"
         assert not got.requires_grad, f"{told} the loss that is returned holds on to a graph: detach it."
-    print(
-        "8 rows in 4 microbatches keep a quarter:", f"{most_kept(model, one_step, tokens, labels)[1]:,} bytes without"
-    )
+    whole, part = (most_kept(model, one_step, tokens[:rows], labels[:rows])[1] for rows in (8, 2))
+    print(f"kept at a time: {whole:,} bytes for 8 rows at once, {part:,} in 4 microbatches")
 
 # %% [markdown] lang="en"
 # ## 02a.6 · Write: how much of the device is used

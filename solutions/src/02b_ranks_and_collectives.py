@@ -329,14 +329,14 @@ with verdict():
         inside = [rank for rank in range(4) if f"{sum_of_powers:04}"[3 - rank] == "1"]
         came = f"it came from rank 1 in step {step - 1}, and rank 2 has added its own" if step else "nothing came yet"
         assert ranks == inside, f"Step {step}: you say that chunk {chunk} holds numbers of ranks {ranks}, but {came}."
-    print("rank 2 sends chunks", ", ".join(f"{chunk} (of {len(ranks)})" for chunk, ranks in yours))
+    print("rank 2 sends", ", ".join(f"chunk {chunk} with {len(ranks)} of 4 terms" for chunk, ranks in yours))
 
 # %% [markdown] lang="en"
 # ## 02b.2 · Mend: a circle of sends
 #
-# Each rank passes a tensor to its right neighbor and gets one from its left: the heartbeat of every ring. This version
-# was tried with a library that copies small tensors into a buffer and returns from `send` at once. There it works.
-# Where a send ends when the other side receives, it waits forever.
+# Each rank passes a tensor to its right neighbor and gets one from its left: the heartbeat of every ring. With a library
+# that copies small tensors into a buffer and returns from `send` at once, the version below works. Where a send ends
+# when the other side receives, it waits forever.
 #
 # Say who waits for whom, on four ranks. Then mend it.
 #
@@ -564,8 +564,8 @@ with verdict():
             assert real["bytes"] <= least, f"{what}. Twice (n-1)/n of {ceil(count / size) * size * 8} are {least}."
             assert real["calls"] <= 2, f"{told} has the right sum, but makes {real['calls']} calls: two halves are 2."
             if shape == (10,):
-                ten = real["bytes"]
-    print(f"10 numbers on 4 ranks: {ten} bytes from each")
+                ten = least
+    print(f"10 numbers on 4 ranks: no more than {ten} bytes from each")
 
 # %% [markdown] lang="en"
 # ## 02b.6 · Write: broadcast by a tree
@@ -640,8 +640,8 @@ with verdict():
 # are the ranks that differ from it in their place along that axis only. These talk to each other: along `tp` rank 5
 # talks with 4, along `pp` with 7, along `dp` with 1.
 #
-# Write it for any shape, from division and remainder, without a search over all ranks. (On 16,384 ranks a search is
-# what you would wait for.)
+# Write it for any shape, from division and remainder, without a search over all ranks: the check asks on a mesh of four
+# million ranks, too.
 
 # %% [markdown] lang="en" hint="02b.7"
 # Neighbors along an axis differ by as many ranks as the axes behind it have places: along `tp` by 1, along `pp` by 2,
@@ -705,9 +705,9 @@ with verdict():
 # %% [markdown] lang="en"
 # ## 02b.8 · Mend: the rank that does not come
 #
-# In 16 bits a gradient may overflow. Such a step is skipped. So someone wrote: if my gradient is not finite, return
-# None; else return the sum of all ranks' gradients. It was tested on one process, and for weeks on 64 GPUs. Then, at
-# three in the morning, one rank met an infinity, and 64 GPUs waited for half an hour until a time limit ended the run.
+# In 16 bits a gradient may overflow. Such a step is skipped. The function below does that: if my gradient is not finite,
+# return None; else return the sum of all ranks' gradients. On one process it always works. On several it works until
+# one rank meets an infinity and the others do not. Then they wait until a time limit ends the run.
 #
 # A collective is called by **all** ranks of its line or by none. Say which ranks wait, when rank 2 of four meets a NaN.
 # Then mend it: all ranks have to decide the same.

@@ -210,7 +210,7 @@ with verdict():
         assert name in yours, f"read_off says nothing about {name!r}."
         got = number(yours[name], repr(name))
         assert same(got, wanted, 1e-6), f"{name!r} is not {got:g}. {why}."
-    print(f"a link of {yours['bandwidth']:g} GB/s; messages of {yours['equal']:,} bytes get half of that")
+    print(f"a link of {yours['bandwidth']:g} GB/s; messages of {yours['equal']:,.0f} bytes get half of that")
 
 # %% [markdown] lang="en"
 # ## 04b.2 · Write: fit a link
@@ -475,9 +475,9 @@ with verdict():
 # ## 04b.6 · Write: the seconds of a step
 #
 # Put it together for 1F1B with data parallelism. Each of $p$ equal stages takes `forward` and `backward` seconds for a
-# microbatch; messages between stages are free. When the last microbatch's backward begins, the first gradients are
-# final, and their ring all-reduce starts: $2(n-1)$ messages of `gradients` / $n$ bytes, each in $\alpha$ + bytes /
-# bandwidth seconds. So it hides behind that one backward. What is longer than it comes on top.
+# microbatch; messages between stages are free. Gradients become final while the last microbatch's backward runs. Say
+# that their ring all-reduce begins with it: $2(n-1)$ messages of `gradients` / $n$ bytes, one after the other, each in
+# $\alpha$ + bytes / bandwidth seconds. So it hides behind that one backward, and what it takes longer comes on top.
 #
 # **Target:** what the simulator and the ledger's formula give, to nine digits.
 
@@ -542,8 +542,8 @@ with verdict():
 # %% [markdown] lang="en"
 # ## 04b.7 · Mend: what a data sheet says
 #
-# This function takes a device's numbers from its data sheet, and every plan that was made with it was too good. The
-# cell below compares it with a run that was published. What data sheets do:
+# This function takes a device's numbers from its data sheet, and every plan that is made with it is too good. The cell
+# below compares it with a run that was published. What data sheets do:
 #
 # - They print FLOP/s *with sparsity* where the device has it: twice what it does with the usual, dense matrices.
 # - NVLink's GB/s are those of both directions together. A ring uses each direction by itself.
