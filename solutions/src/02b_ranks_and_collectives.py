@@ -334,9 +334,9 @@ with verdict():
 # %% [markdown] lang="en"
 # ## 02b.2 · Mend: a circle of sends
 #
-# Each rank passes a tensor to its right neighbor and gets one from its left: the heartbeat of every ring. With a library
-# that copies small tensors into a buffer and returns from `send` at once, the version below works. Where a send ends
-# when the other side receives, it waits forever.
+# Each rank passes a tensor to its right neighbor and gets one from its left: the heartbeat of every ring. With a
+# library that copies small tensors into a buffer and returns from `send` at once, the version below works. Where a send
+# ends when the other side receives, it waits forever.
 #
 # Say who waits for whom, on four ranks. Then mend it.
 #
@@ -705,9 +705,9 @@ with verdict():
 # %% [markdown] lang="en"
 # ## 02b.8 · Mend: the rank that does not come
 #
-# In 16 bits a gradient may overflow. Such a step is skipped. The function below does that: if my gradient is not finite,
-# return None; else return the sum of all ranks' gradients. On one process it always works. On several it works until
-# one rank meets an infinity and the others do not. Then they wait until a time limit ends the run.
+# In 16 bits a gradient may overflow. Such a step is skipped. The function below does that: if my gradient is not
+# finite, return None; else return the sum of all ranks' gradients. On one process it always works. On several it works
+# until one rank meets an infinity and the others do not. Then they wait until a time limit ends the run.
 #
 # A collective is called by **all** ranks of its line or by none. Say which ranks wait, when rank 2 of four meets a NaN.
 # Then mend it: all ranks have to decide the same.
