@@ -532,12 +532,9 @@ with verdict():
 # %% task="03c.4" title="Write: GPipe as data"
 def gpipe_order(stages: int, microbatches: int) -> list[list[Action]]:
     """For each stage the list of its actions: 2 * microbatches of them."""
-
     ### BEGIN SOLUTION
-    def program(stage: int) -> list[Action]:
-        return [Action(op, stage, m) for op in (Op.F, Op.B) for m in range(microbatches)]
-
-    return [program(stage) for stage in range(stages)]
+    one_of_each = [(op, m) for op in (Op.F, Op.B) for m in range(microbatches)]
+    return [[Action(op, stage, m) for op, m in one_of_each] for stage in range(stages)]
     ### END SOLUTION
 
 
@@ -902,8 +899,9 @@ with verdict():
 # %% [markdown] lang="en"
 # ## All together
 #
-# Your 1F1B, your executor and your sum of the tied gradients, on four ranks. It runs once tasks 5, 6 and 7 are done.
-# The engine's own are in `minipar/schedule.py` and `minipar/pipeline.py`.
+# Your 1F1B, your executor and your sum of the tied gradients, on four ranks. It runs once tasks 5, 6 and 7 are done;
+# `grade` has put these three into `my_parallel.py`, your own engine. The package's are in `minipar/schedule.py` and
+# `minipar/pipeline.py`.
 
 
 # %% tags=["raises-exception"]

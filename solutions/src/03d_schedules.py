@@ -2,8 +2,8 @@
 # # Exercises of 03d: schedules
 #
 # Five functions, an hour and a half, and the last one for as long as you like. You send microbatches around a ring of
-# thin slices, split a backward in two, write a schedule without the bubble of 1F1B and train with it on four ranks, and
-# play golf.
+# thin slices, split a backward in two, fill most of 1F1B's bubble and train with that order on four ranks, and play
+# golf.
 #
 # **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to
 # finish, where it says `raise NotImplementedError("your turn")`. The cell below it is its check, folded away since it
@@ -268,8 +268,9 @@ def score(order: list, microbatches: int, limit: float) -> float:
     if wrong := problem(order, len(order), microbatches):
         raise ValueError(wrong.rstrip("."))
     stages, most = len(owners(order)), max(kept(order))
-    if stages > 2 * len(order):
-        raise ValueError(f"{stages} stages on {len(order)} ranks: two a rank are the most")
+    each = set(Counter(owners(order).values()).values())
+    if each not in ({1}, {2}):
+        raise ValueError(f"{stages} stages on {len(order)} ranks: each has one, or each has two")
     if most > limit:
         raise ValueError(f"rank {kept(order).index(most)} keeps {most:g}, more than {limit}")
     return bubble(timed(order))
@@ -628,8 +629,8 @@ with verdict():
 #
 # The last task has no best answer that we could prove, but for its first hole. Write the order with the smallest bubble
 # of the run that keeps no more than `limit` microbatches on any rank. F, I and W of a rank's part take one unit each,
-# messages nothing. A rank may have **one stage or two** (with two, each takes half a unit, and what it keeps counts
-# half): the model has as many blocks. All orders of stages are allowed.
+# messages nothing. Give each rank **one stage, or each two**, in any order. (With two, an action takes half a unit, and
+# what it keeps counts half.)
 #
 # | ranks | microbatches | limit | par | best known |
 # |---|---|---|---|---|
@@ -640,11 +641,13 @@ with verdict():
 #
 # **Par**, with which the task passes, is what one stage a rank and one rule reach, close to that of the task before.
 # The best known of the first hole is ZB-V's, and nothing with two stages a rank can be shorter: the last rank begins
-# after three half forwards. For the others a search of some minutes tried V's and all other layouts. Your scorecard
-# stands below the check.
+# after three half forwards. For the others a search of some minutes tried all ways to lay out two stages a rank. Your
+# scorecard stands below the check.
 #
 # You may use `by_rule(owner, microbatches, rule)`, the game of the chapter's section 4: `owner` is the rank of each
-# stage, `rule(rank, ranks, out, waiting)` gives wishes such as `["F", "I", "W"]`, the most wanted first.
+# stage, `rule(rank, ranks, out, waiting)` gives wishes such as `["F", "I", "W"]`, the most wanted first, and a rank
+# does the first one that is ready. `out` counts what it has with F done and I not, `waiting` what has I done and W not.
+# `"F"` is any forward; where a rank has two stages, `"F0"` is that of its first and `"F1"` that of its second.
 
 # %% [markdown] lang="en" hint="03d.5"
 # Par: `by_rule(list(range(stages)), microbatches, rule)`, where the rule is that of 03d.4 with one more condition for
