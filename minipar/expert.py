@@ -8,6 +8,8 @@ change over from all experts of its own rows to its own experts of all rows (Lep
 The gradients of a rank's experts come from the tokens of the whole axis: they need no sum over it.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,8 +28,14 @@ def cut_experts(layer: nn.Module, axis: Axis) -> None:
         forward   2 (n-1)/n M  in 2 all-to-alls, and an all-reduce of one number
         backward  2 (n-1)/n M  in 2
 
-    ValueError if the axis does not divide the experts.
+    ValueError if the axis does not divide the experts, or if they are given more than slots.
     """
+    _, *takes = inspect.signature(type(layer).forward).parameters
+    if len(takes) != 1:
+        what = f"{type(layer).__name__} takes {', '.join(takes)}"
+        raise ValueError(
+            f"{axis.name} takes experts that map slots to slots, and {what}: use {axis.name}=1, and dp or tp"
+        )
     experts = next(layer.parameters()).size(0)
     if experts % axis.size:
         fits = [n for n in range(1, experts + 1) if experts % n == 0]

@@ -7,6 +7,8 @@ yet, what an encoder hands to its decoder, and what cannot be had on a mesh.
 
 import re
 import sys
+import warnings
+from contextlib import suppress
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .pipeline import Blocks
-from .tensor import pattern
+from .tensor import IGNORED, pattern
 
 # -- plans ---------------------------------------------------------------------------------------------------
 
@@ -32,32 +34,64 @@ DISTILBERT = {
     "colwise": "attention.q_lin attention.k_lin attention.v_lin ffn.lin1",
     "rowwise": "attention.out_lin ffn.lin2",
 }
+MODERNBERT = {"packed_colwise(3)": "attn.Wqkv", "packed_colwise": "mlp.Wi", "rowwise": "attn.Wo mlp.Wo"}
 GPT2 = {
     "divided(split_size)": "attn",
     "packed_colwise(3)": "attn.c_attn",
     "colwise": "mlp.c_fc",
     "rowwise": "attn.c_proj mlp.c_proj",
 }
+GPT_NEO = {
+    "divided(num_heads)": "attn.attention",
+    "colwise": "attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj mlp.c_fc",
+    "rowwise": "attn.attention.out_proj mlp.c_proj",
+}
+GPTJ = {
+    "divided(num_attention_heads)": "attn",
+    "colwise": "attn.q_proj attn.k_proj attn.v_proj mlp.fc_in",
+    "rowwise": "attn.out_proj mlp.fc_out",
+}
+STABLELM = {
+    "divided(num_heads, num_key_value_heads, hidden_size)": "self_attn",
+    "colwise": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
+    "rowwise": "self_attn.o_proj mlp.down_proj",
+}
 VIT = {
     "colwise": "attention.q_proj attention.k_proj attention.v_proj mlp.fc1",
     "rowwise": "attention.o_proj mlp.fc2",
 }
-WHISPER = {
+BART = {
     "divided(num_heads)": "self_attn",
     "colwise": "self_attn.q_proj self_attn.k_proj self_attn.v_proj fc1",
     "rowwise": "self_attn.out_proj fc2",
 }
-CROSS = {style: layers.replace("self_attn", "encoder_attn") for style, layers in WHISPER.items()}
+CROSS = {style: layers.replace("self_attn", "encoder_attn") for style, layers in BART.items()}
+T5 = {
+    "divided(n_heads, inner_dim)": "layer.*.SelfAttention layer.*.EncDecAttention",
+    "colwise": "layer.*.SelfAttention.q layer.*.SelfAttention.k layer.*.SelfAttention.v layer.*.EncDecAttention.q "
+    "layer.*.EncDecAttention.k layer.*.EncDecAttention.v layer.*.DenseReluDense.wi layer.*.DenseReluDense.wi_0 "
+    "layer.*.DenseReluDense.wi_1",
+    "rowwise": "layer.*.SelfAttention.o layer.*.EncDecAttention.o layer.*.DenseReluDense.wo "
+    "layer.*.SelfAttention.relative_attention_bias.weight",  # a column for each head
+}
 
 # By model_type, and with names as in the model without a head. Embedding and head are added where they are found.
-PLANS = {
-    "bert": lines("encoder.layer", BERT),
-    "roberta": lines("encoder.layer", BERT),
+KNOWN = {
+    "bert roberta camembert xlm-roberta xlm-roberta-xl electra ernie data2vec-text": lines("encoder.layer", BERT),
     "distilbert": lines("transformer.layer", DISTILBERT),
+    "modernbert": lines("layers", MODERNBERT),
     "gpt2": lines("h", GPT2),
-    "vit": lines("layers", VIT),
-    "whisper": lines("encoder.layers", WHISPER) | lines("decoder.layers", WHISPER) | lines("decoder.layers", CROSS),
+    "gpt_neo": lines("h", GPT_NEO),
+    "gptj": lines("h", GPTJ),
+    "opt": lines("decoder.layers", BART),
+    "stablelm": lines("layers", STABLELM),
+    "t5 mt5 umt5": lines("encoder.block", T5) | lines("decoder.block", T5),
+    "vit deit": lines("layers", VIT),
+    "whisper bart mbart blenderbot marian pegasus": (
+        lines("encoder.layers", BART) | lines("decoder.layers", BART) | lines("decoder.layers", CROSS)
+    ),
 }
+PLANS = {model_type: plan for types, plan in KNOWN.items() for model_type in types.split()}
 
 
 def guests(model: nn.Module) -> dict[str, Any]:
@@ -80,13 +114,20 @@ def plan_of(model: nn.Module) -> dict[str, str]:
         known = PLANS.get(part.config.model_type, {}) if not part.tp_plan else {}
         if part.base_model is part:
             plan |= {f"{name}.{layer}".lstrip("."): style for layer, style in known.items()}
-        embedding, head = part.get_input_embeddings(), part.get_output_embeddings()
-        if isinstance(embedding, nn.Embedding) and (known or part.tp_plan):
-            plan.setdefault(pattern(names[embedding]), "embedding_rowwise")
-        if isinstance(head, nn.Linear) and (known or part.tp_plan):
-            plan.setdefault(pattern(names[head]), "colwise_gather_output")
+        with suppress(NotImplementedError):  # some parts do not say which their embedding is: the whole model does
+            embedding, head = part.get_input_embeddings(), part.get_output_embeddings()
+            if isinstance(embedding, nn.Embedding) and (known or part.tp_plan):
+                tied = [
+                    layer for layer in names if isinstance(layer, nn.Embedding) and layer.weight is embedding.weight
+                ]
+                plan = {pattern(names[layer]): "embedding_rowwise" for layer in tied} | plan
+            if isinstance(head, nn.Linear) and (known or part.tp_plan):
+                plan.setdefault(pattern(names[head]), "colwise_gather_output")
+        rotary = getattr(part.config, "qk_rope_head_dim", None)  # which the style has to know
+        plan |= {layer: f"{style}({rotary})" for layer, style in plan.items() if style == "mla_kv_a_proj"}
     there = {pattern(name) for name in (*names.values(), *dict(model.named_parameters(remove_duplicate=False)))}
-    return {entry: style for entry, style in plan.items() if entry in there}  # not every configuration has all layers
+    # Not every configuration has all layers. local_params is for parameters that are DTensors else, and ours never are.
+    return {entry: style for entry, style in plan.items() if entry in there and style != "local_params"}
 
 
 def draft(model: nn.Module) -> dict[str, str]:
@@ -126,6 +167,20 @@ def prepare(model: nn.Module) -> None:
             raise ValueError(f"{name or type(model).__name__} checkpoints by itself: use recompute= of parallelize")
         if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
             layer.is_transposed = True  # x @ weight, as GPT-2 has it
+
+
+def look_at_labels(model: Any, inputs: Any) -> None:
+    """Labels are taken as they are. A causal model of transformers shifts them, but only in its own loss."""
+    causal = "" in guests(model) and model.can_generate() and not model.config.is_encoder_decoder
+    if not causal or not isinstance(inputs, dict) or not {"input_ids", "labels"} <= inputs.keys():
+        return
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    if ids.shape == labels.shape and bool(((labels == ids) | (labels == IGNORED)).all()):
+        warnings.warn(
+            "labels are the tokens themselves, so each position learns to give its own token. Shift them: "
+            "labels = ids.roll(-1, 1), with -100 for the last of a row",
+            stacklevel=3,
+        )
 
 
 def check_saves_itself(model: nn.Module) -> None:
@@ -170,6 +225,7 @@ def blocks_of(model: Any) -> Blocks | None:
 
 
 BEHIND = re.compile(r"(^|_)(final|out|head|classifier|score)(_|$)")
+BEFORE = re.compile(r"embed(?!\w*norm)")
 
 
 def _beside(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, int]:
@@ -180,7 +236,7 @@ def _beside(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, int]
         while name:
             parent, _, own_name = name.rpartition(".")
             for child, _ in model.get_submodule(parent).named_children():
-                if child != own_name and (BEHIND.search(child) or "embed" in child):
+                if child != own_name and (BEHIND.search(child) or BEFORE.search(child)):
                     place = start + len(blocks) - 1 if BEHIND.search(child) else start
                     found[f"{parent}.{child}".lstrip(".")] = place
             name = parent

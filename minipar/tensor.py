@@ -255,6 +255,18 @@ def moe_tp_experts(layer: nn.Module, region: Region, entrance: Entrance) -> None
     layer.forward = lambda *arguments: leave(inner(*map(into, arguments)), region.axis)
 
 
+def mla_kv_a_proj(layer: nn.Module, region: Region, entrance: Entrance, rotary: str) -> None:
+    """What keys and values are made of (multi-head latent attention, DeepSeek-V2): the last `rotary` of its features go
+    to the heads of every rank as they are, the others by a layer that is cut."""
+    inner = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        latent, position = inner(x).tensor_split([-int(rotary)], -1)
+        return torch.cat([latent, enter(position, region.axis)], -1)
+
+    layer.forward = forward
+
+
 def divided(layer: Any, region: Region, entrance: Entrance, *names: str) -> None:
     """A layer that knows by numbers how wide it is (heads, features): each rank has its share of them."""
     for name in names:
@@ -288,9 +300,10 @@ STYLES: dict[str, Callable[..., Head | None]] = {
         sequence_split,
         sequence_gather,
         moe_tp_experts,
+        mla_kv_a_proj,
         divided,
     )
-} | {"all_reduce": all_reduce_output, "replicate": as_it_is, "local_params": as_it_is}
+} | {"all_reduce": all_reduce_output, "replicate": as_it_is}
 
 
 # Where a plan names a parameter, its layer's forward stays as it is. What counts is the dim, whatever it means there.
@@ -355,7 +368,8 @@ def cut_layers(model: nn.Module, plan: dict[str, str], region: Region) -> None:
             if name in few:
                 colwise_for_some_heads(layers[name], region, entrance, few[name])
             elif (head := STYLES[style](layers[name], region, entrance, *arguments)) and name == last:
-                region.heads.append(head)  # a gather anywhere else is an ordinary one
+                added = any(x.shape[-1:] == (head.vocabulary,) for x in model.buffers(recurse=False))  # to whole logits
+                region.heads += [head] * (not added)  # a gather anywhere else is an ordinary one
     _check_ties(layers, styles, region.axis)
 
 
@@ -420,8 +434,8 @@ def _heads(attention: nn.Module, name: str, style: tuple[str, ...], size: int) -
 
 
 def _check_left_out(name: str, parent: nn.Module, styles: dict[str, tuple[str, ...]]) -> None:
-    """A norm of heads, or an activation with parameters, that stands between cut layers sees this rank's part only, so
-    its gradients are partial sums. If the plan did not say so, nothing would tell."""
+    """A norm of heads that stands between cut layers, or an activation with a number of its own, sees this rank's part
+    only, so its gradients are partial sums. If the plan did not say so, nothing would tell."""
     cut_here = {styles[f"{name}.{child}"][0] for child, _ in parent.named_children() if f"{name}.{child}" in styles}
     size, deeper = (
         _head_size(parent),
@@ -430,7 +444,7 @@ def _check_left_out(name: str, parent: nn.Module, styles: dict[str, tuple[str, .
     if not {"colwise", "rowwise"} <= cut_here or deeper:
         return
     for child, layer in parent.named_children():
-        own = [p for p in layer.parameters(recurse=False) if not size or p.shape[-1:] == (size,)]
+        own = [p for p in layer.parameters(recurse=False) if p.numel() == 1 or p.shape[-1:] == (size,)]
         if own and f"{name}.{child}" not in styles and not isinstance(layer, nn.Linear):
             entry = pattern(f"{name}.{child}")
             raise ValueError(
@@ -445,7 +459,9 @@ IGNORED = -100  # the label that counts for nothing, as in torch
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over all tokens but those labeled -100, and their number. logits (..., vocab), targets (...)."""
+    """The sum over all tokens but those labeled -100, and their number. logits (..., vocab), targets (...). A sum of 16
+    bits would be worth little: it is made in 32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()
 

@@ -245,6 +245,8 @@ class Parallel:
             where a token weighs what a label does in the loss, see `minipar.model.MoE`.
         Raises ValueError for fewer rows than data ranks x microbatches, or if no label counts.
         """
+        if targets is None and self.steps == 0:
+            interop.look_at_labels(self.module, inputs)
         inputs, targets = self._with_targets(inputs, targets)
         sizes = [len(x) for batch in (inputs, targets) for x in _tensors(batch)]
         inputs, targets = _to(inputs, self.device), _to(targets, self.device)
@@ -563,6 +565,8 @@ class Parallel:
 
         temperature 0 takes the likeliest token, above 0 draws. Each token costs a forward over the whole context.
         """
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise ValueError("generate goes on from token ids alone: save_pretrained, and generate with transformers")
         if tokens.dim() != 2 or not tokens.numel():
             raise ValueError(f"generate needs token ids (rows, length) to begin with, not {tuple(tokens.shape)}")
         generator = torch.Generator().manual_seed(seed)

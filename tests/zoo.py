@@ -21,8 +21,6 @@ SIZES = {
 }
 BERT = SIZES | IDS | {"max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LLAMA = SIZES | IDS | {"max_position_embeddings": 32, "num_key_value_heads": 2}
-EXPERTS = {"num_experts_per_tok": 2}
-
 # name -> the class and its configuration
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", BERT),
@@ -70,16 +68,60 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+BART = MODELS["whisper"][1] | {"max_position_embeddings": 32, "attention_dropout": 0.0, "activation_dropout": 0.0}
+for key in ("num_mel_bins", "max_source_positions", "max_target_positions"):
+    BART.pop(key)
+T5 = IDS | {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"num_decoder_layers": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+GPT_NEO = IDS | {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 32, "window_size": 6}
+GPT_NEO |= {"embed_dropout": 0.0, "attention_dropout": 0.0, "resid_dropout": 0.0}
+OPT = IDS | {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "dropout": 0.0}
+OPT |= {"num_attention_heads": 4, "word_embed_proj_dim": 24, "max_position_embeddings": 32}
+DEEPSEEK = LLAMA | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16}
+DEEPSEEK |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1}
+DEEPSEEK |= {"topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "moe_intermediate_size": 24}
 
-def build(name: str, **changes: Any) -> nn.Module:
-    """A model for training, away from its initial point. changes: of its configuration."""
+# Others whose plans are known, and what they bring that the seventeen do not.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("BartForConditionalGeneration", BART),  # one embedding for three layers, a bias behind the head
+    "bart_causal": ("BartForCausalLM", BART),
+    "blenderbot": ("BlenderbotForConditionalGeneration", BART),
+    "camembert": ("CamembertForCausalLM", BERT),  # its head is registered first
+    "data2vec-text": ("Data2VecTextForMaskedLM", BERT),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK),  # latent attention
+    "deit": ("DeiTForImageClassification", MODELS["vit"][1]),
+    "electra": ("ElectraForMaskedLM", BERT | {"embedding_size": 32}),
+    "ernie": ("ErnieForMaskedLM", BERT),
+    "gemma3": ("Gemma3ForCausalLM", LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
+    "gpt_neo": ("GPTNeoForCausalLM", GPT_NEO),
+    "gptj": ("GPTJForCausalLM", MODELS["gpt2"][1] | {"rotary_dim": 4}),
+    "marian": ("MarianMTModel", BART),
+    "mbart": ("MBartForConditionalGeneration", BART),
+    "modernbert": ("ModernBertForMaskedLM", BERT | {"embedding_dropout": 0.0, "mlp_dropout": 0.0}),
+    "mt5": ("MT5ForConditionalGeneration", T5),
+    "opt": ("OPTForCausalLM", OPT),  # a projection behind the blocks, registered before
+    "pegasus": ("PegasusForConditionalGeneration", BART),
+    "stablelm": ("StableLmForCausalLM", LLAMA),
+    "t5": ("T5ForConditionalGeneration", T5),  # the first block makes what all read
+    "umt5": ("UMT5ForConditionalGeneration", T5),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", BERT),
+    "xlm-roberta-xl": ("XLMRobertaXLForMaskedLM", BERT),
+}
+
+
+def build(name: str, kind: str = "", **changes: Any) -> nn.Module:
+    """A model for training, away from its initial point. kind: another class of this architecture. changes: of its
+    configuration."""
     import transformers
 
-    kind, values = MODELS[name]
+    usual_kind, values = (MODELS | MORE)[name]
+    kind = kind or usual_kind
     model_type = getattr(transformers, kind)
     config = model_type.config_class(**values | changes)
     config._experts_implementation = "eager"  # the usual one has no float64
-    config._attn_implementation = "eager" if name == "gemma2" else "sdpa"
+    if name == "gemma2" or not model_type._supports_sdpa:
+        config._attn_implementation = "eager"
     usual = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
@@ -92,7 +134,7 @@ def build(name: str, **changes: Any) -> nn.Module:
 def batch(name: str, rows: int = 5, length: int = 12) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels: rows of unequal length where the model takes a mask, and labels for what it keeps."""
     draw = torch.Generator().manual_seed(2)
-    if name == "vit":
+    if name in ("vit", "deit"):
         pixels = torch.randn(rows, 3, 16, 16, generator=draw, dtype=torch.float64)
         return {"pixel_values": pixels}, torch.randint(7, (rows,), generator=draw)
     ids, labels = (torch.randint(3, VOCABULARY, (rows, length), generator=draw) for _ in range(2))
@@ -101,4 +143,7 @@ def batch(name: str, rows: int = 5, length: int = 12) -> tuple[dict[str, Tensor]
     if name == "whisper":
         sound = torch.randn(rows, 8, 32, generator=draw, dtype=torch.float64)
         return {"input_features": sound, "decoder_input_ids": ids}, labels
-    return {"input_ids": ids.masked_fill(~kept, 0), "attention_mask": kept.long()}, labels
+    inputs = {"input_ids": ids.masked_fill(~kept, 0), "attention_mask": kept.long()}
+    if MORE.get(name, ("",))[0].endswith(("ConditionalGeneration", "MTModel")):
+        inputs["decoder_input_ids"] = ids.flip(0)
+    return inputs, labels
