@@ -69,16 +69,18 @@ def parallelize(
 ) -> "Parallel":
     """Lay a model out on a mesh. Every rank of the mesh calls it, with the same model and weights.
 
-    model: `minipar.gpt(...)`, or any module with one list of blocks. Its weights are the initial ones; the module
-        itself is left alone.
+    model: `minipar.gpt(...)`, a model of transformers (also an encoder with its decoder), or any module with one list
+        of blocks. Its weights are the initial ones; the module itself is left alone.
     mesh: dp and ep share out the rows; ep also the experts of layers that the plan gives the style moe_tp_experts.
     schedule: order of the pipeline's work, one of `gpipe`, `one_f_one_b`, `interleaved`, `zero_bubble_h1`,
         `zero_bubble_h2`, `zero_bubble_v`, or your own function of (ranks of pp, microbatches).
     microbatches: parts into which a step cuts each data rank's rows; their gradients add up.
     loss: (outputs, targets) -> (sum, count). The step divides by the global count, so padding, ignored labels and
-        unequal rows come out right. By default the cross-entropy over all tokens that are not labeled -100.
+        unequal rows come out right. By default the cross-entropy over all tokens that are not labeled -100. Outputs are
+        the logits where the model's output has such, else all of it; the loss of a model of transformers is not used.
     sequence_parallel: between cut layers, tensor ranks hold parts of the sequence in place of copies.
-    plan: layer name -> style, see `minipar.tensor`; by default the model's own `tp_plan`.
+    plan: layer name -> style, see `minipar.tensor`; by default the model's own `tp_plan`, or one that is known for its
+        architecture, see `minipar.interop`. To change a line: `interop.plan_of(model) | {layer: style}`.
     zero: what data ranks share out instead of holding it all, see `minipar.zero`: 1 the optimizer's states, 2 also
         gradients, 3 also parameters. `parameters()` then gives 1-d shares.
     whole_gradients: with zero=2 or 3, keep whole gradients until the end of the step. They are sent once a step then,
@@ -240,7 +242,8 @@ class Parallel:
 
         inputs: what the model's forward takes, a tensor or a dict of tensors, rows first. The global batch, the same
             on every rank; with `local` this data rank's own rows, which may be of another number than its peers'.
-        targets: what the loss takes, rows first; by default `inputs["labels"]`.
+        targets: what the loss takes, rows first; by default `inputs["labels"]`, as they are: a causal model of
+            transformers would shift them by one, here that is yours to do.
         Returns the global loss, detached, 0-d, the same on every rank. What balances experts is in the gradients only,
             where a token weighs what a label does in the loss, see `minipar.model.MoE`.
         Raises ValueError for fewer rows than data ranks x microbatches, or if no label counts.
