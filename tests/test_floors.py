@@ -40,7 +40,8 @@ BESIDE = {  # on no floor: what each may import
     "cli": ENGINE | {"corpus", "checkpoint"},
     "cli_plan": {"cost", "hardware", "planner", "transformer", "viz"},
     "calibration": ENGINE | {"corpus"},
-    "course": {"world", "crew", "train"},  # what it loads before ranks are forked
+    # What it loads before ranks are forked, and what exercises work on.
+    "course": {"world", "crew", "train", "collectives", "corpus", "mesh", "model"},
     "__main__": {"cli", "cli_plan", "doctor", "course"},
     "__init__": ENGINE | {"magic", "checkpoint", "loading", "calibration"},
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
+import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -163,21 +164,32 @@ def is_there(dotted: str) -> bool:
     return True
 
 
+def is_of_a_library(span: str) -> bool:
+    """statistics.stdev, sklearn.metrics.f1_score, ..."""
+    known = {*sys.stdlib_module_names, *packages_distributions()}
+    dotted = re.fullmatch(r"(\w+)(\.\w+)+(\(\))?", span)
+    return dotted is not None and dotted[1] in known and is_there(span.removesuffix("()"))
+
+
 # Other words that stand in code's letters in prose.
-WORDS = {"ps", "unpack", "F1", "B1", "pip", "make"}
+WORDS = {"ps", "unpack", "F1", "B1", "pip", "make", "torchrun"}
 
 
 def unknown(text: str, known: set[str]) -> list[str]:
     """Code in prose that names what nobody defines, commands that are none, files that are not there."""
     found = []
     for span in spans(text):
-        if re.fullmatch(r"[\w./*-]+/[\w./*-]*|[\w-]+\.(md|ipynb|toml|yml)", span):  # a file
-            found += [] if [*ROOT.glob(span.rstrip("/"))] or span.startswith(("step-", ".venv")) else [span]
+        if re.fullmatch(r"[\w./*-]+/[\w./*-]*|[\w-]+\.(md|ipynb|toml|yml)", span):  # a file, here or of a library
+            there = [*ROOT.glob(span.rstrip("/"))] or [*Path(np.__file__).parents[1].glob(span)]
+            found += [] if there or span.startswith(("step-", ".venv")) else [span]
         elif command := re.match(r"python -m minipar (\w+)", span):
             found += [] if command[1] in COMMANDS else [span]
-        elif not span.startswith(("--", "source ")):
+        elif not span.startswith(("--", "source ", "torchrun ")) and not is_of_a_library(span):
             with contextlib.suppress(SyntaxError):
-                used = names(re.sub(r"\.\.\.|…", "", span)) - known - WORDS
+                code = re.sub(r"\.\.\.|…", "", span)
+                stored = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+                given = {node.id for node in stored if isinstance(node.ctx, ast.Store)}
+                used = names(code) - known - given - WORDS
                 found += [f"{name} in {span}" for name in used if not keyword.iskeyword(name)]
         found += [name for name in re.findall(r"\b(?:minipar|torch)(?:\.\w+)+", span) if not is_there(name)]
     return found

@@ -801,7 +801,7 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # | [03d](03d_schedules.ipynb) schedules | fill the gaps of a pipeline |
 # | [03e](03e_long_context.ipynb) long context | cut a row of text that is too long for one device |
 # | [03f](03f_experts.ipynb) experts | send tokens to the ranks that hold their experts |
-# | ★ [03g](03g_hybrid.ipynb) hybrid parallelism | twelve layouts of one model, compared |
+# | ★ [03g](03g_hybrid.ipynb) hybrid parallelism | sixteen layouts of one model, compared |
 # | [03h](03h_memory_and_recovery.ipynb) memory and recovery | save memory; lose a rank, and go on |
 # | [03i](03i_claims.ipynb) claims | the document's sentences, each with a verdict |
 # | [04a](04a_math.ipynb) the math | why a model that is cut learns the same, by hand and by algebra |

@@ -1442,8 +1442,8 @@ world.close()
 #     python -m minipar grade exercises/03g_hybrid.ipynb
 #
 # Then [Memory and recovery](03h_memory_and_recovery.ipynb): what to do when memory is short, and when a rank dies. The
-# core path goes on with [Cost models](04b_cost_models.ipynb), which take apart how the predictions of this chapter are
-# made.
+# core path goes on with [which model, which layout](04c_faq.ipynb). [Cost models](04b_cost_models.ipynb) take apart how
+# the predictions of this chapter are made.
 #
 # ## References
 #

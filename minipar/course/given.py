@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import Config, Mesh, World, connect, corpus, gpt
+from .. import corpus
+from ..collectives import connect
+from ..mesh import Mesh
+from ..model import Config, gpt
+from ..world import World
 
 CONTEXT = 32
 ROWS = 8

@@ -242,8 +242,9 @@ with verdict():
 # overlap from the larger of the two beginnings to the smaller of the two ends.
 
 # %% [markdown] lang="en" hint="03h.4"
-# `begin, end = max(mine_begin, file_begin), min(mine_end, file_end)`; if `begin < end`, it is the piece
-# `(file, begin - file_begin, end - file_begin)`.
+# With `begin`, `end` for the rank's share and `first`, `behind` for the file's, the part that they share goes from
+# `max(begin, first)` to `min(end, behind)`. If that is not empty, count both from `first`: that is where the file
+# begins.
 
 
 # %% task="03h.4" title="Write: a checkpoint of another shape"

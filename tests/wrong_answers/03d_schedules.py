@@ -332,7 +332,9 @@ def zero_bubble_order(ranks, microbatches):  # some W's are lost
             else:
                 program.append(Action(Op.I, rank, i))
                 i += 1
-        order.append(program + [Action(Op.W, rank, m) for m in range(w, microbatches)][: max(1, microbatches - w - rank)])
+        order.append(
+            program + [Action(Op.W, rank, m) for m in range(w, microbatches)][: max(1, microbatches - w - rank)]
+        )
     return order
 
 

@@ -193,7 +193,8 @@ def zigzag_positions(length, ranks):  # 2n - r in place of 2n - 1 - r
 def zigzag_positions(length, ranks):  # the late chunk backwards
     size = length // (2 * ranks)
     return [
-        list(range(rank * size, (rank + 1) * size)) + list(range(length - 1 - rank * size, length - 1 - (rank + 1) * size, -1))
+        list(range(rank * size, (rank + 1) * size))
+        + list(range(length - 1 - rank * size, length - 1 - (rank + 1) * size, -1))
         for rank in range(ranks)
     ]
 
@@ -228,7 +229,9 @@ def right_by_chance():
 
 def embed_share(tokens, words, places, axis):  # cuts the whole table, which is longer than the row
     mine = zigzag(tokens, axis, dim=1)
-    return words[mine] + zigzag(places, axis, dim=0)[list(range(mine.size(1) // 2)) + list(range(-(mine.size(1) // 2), 0))]
+    return (
+        words[mine] + zigzag(places, axis, dim=0)[list(range(mine.size(1) // 2)) + list(range(-(mine.size(1) // 2), 0))]
+    )
 
 
 # %% task="03e.4" says="rows of 64 on 4 ranks: rank 0 returns the shape (2, 64, 6), and should be (2, 16, 6)."
@@ -256,7 +259,10 @@ def right_by_chance():
 
 def embed_share(tokens, words, places, axis):  # vectors are sent around that everyone can make
     x = words[tokens] + places[: tokens.size(1)]
-    irecv_, isend_ = irecv(x, axis, source=(axis.index - 1) % axis.size), isend(x, axis, to=(axis.index + 1) % axis.size)
+    irecv_, isend_ = (
+        irecv(x, axis, source=(axis.index - 1) % axis.size),
+        isend(x, axis, to=(axis.index + 1) % axis.size),
+    )
     x = irecv_.wait()
     isend_.wait()
     return zigzag(x, axis, dim=1)

@@ -400,7 +400,9 @@ def find_layout(model, cluster, batch, sequence):  # the slowest of them
                 if dp and batch % (dp * m) == 0:
                     layout = Layout(Mesh(dp=dp, pp=pp, tp=tp), m, zero=1)
                     found.append(predict(model, layout, cluster, batch, sequence, exact=False))
-    return max((one for one in found if one.fits), key=lambda one: one.layout.mesh.pp * 1000 + one.layout.microbatches).layout
+    return max(
+        (one for one in found if one.fits), key=lambda one: one.layout.mesh.pp * 1000 + one.layout.microbatches
+    ).layout
 
 
 # %% task="04b.8" says="Mesh(dp=8, tp=2), m=4 takes"
@@ -426,7 +428,9 @@ def find_layout(model, cluster, batch, sequence):  # powers of two alone, and on
             dp = cluster.gpus // (tp * pp)
             for m in (1, 2, 4, 8, 16):
                 if dp and batch % (dp * m) == 0 and dp * pp * tp == cluster.gpus and model.layers % pp == 0:
-                    one = predict(model, Layout(Mesh(dp=dp, pp=pp, tp=tp), m, zero=1), cluster, batch, sequence, exact=False)
+                    one = predict(
+                        model, Layout(Mesh(dp=dp, pp=pp, tp=tp), m, zero=1), cluster, batch, sequence, exact=False
+                    )
                     found += [one] if one.fits else []
     return min(found, key=lambda one: one.seconds).layout
 

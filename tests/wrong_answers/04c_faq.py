@@ -11,7 +11,11 @@ def choose(trials, target):  # by the mean alone
 def choose(trials, target):  # the best, not the cheapest
     from statistics import mean, stdev
 
-    good = [t for t in trials if len(t.accuracies) > 1 and mean(t.accuracies) - stdev(t.accuracies) / len(t.accuracies) ** 0.5 >= target]
+    good = [
+        t
+        for t in trials
+        if len(t.accuracies) > 1 and mean(t.accuracies) - stdev(t.accuracies) / len(t.accuracies) ** 0.5 >= target
+    ]
     return max(good, key=lambda t: mean(t.accuracies), default=None)
 
 
@@ -27,7 +31,11 @@ def choose(trials, target):  # the standard deviation, not the standard error
 def choose(trials, target):  # divided by k
     from statistics import mean, pstdev
 
-    good = [t for t in trials if len(t.accuracies) > 1 and mean(t.accuracies) - pstdev(t.accuracies) / len(t.accuracies) ** 0.5 >= target]
+    good = [
+        t
+        for t in trials
+        if len(t.accuracies) > 1 and mean(t.accuracies) - pstdev(t.accuracies) / len(t.accuracies) ** 0.5 >= target
+    ]
     return min(good, key=lambda t: (t.cost, -mean(t.accuracies)), default=None)
 
 
@@ -35,7 +43,11 @@ def choose(trials, target):  # divided by k
 def choose(trials, target):  # the worse one at equal cost
     from statistics import mean, stdev
 
-    good = [t for t in trials if len(t.accuracies) > 1 and mean(t.accuracies) - stdev(t.accuracies) / len(t.accuracies) ** 0.5 >= target]
+    good = [
+        t
+        for t in trials
+        if len(t.accuracies) > 1 and mean(t.accuracies) - stdev(t.accuracies) / len(t.accuracies) ** 0.5 >= target
+    ]
     return min(good, key=lambda t: (t.cost, mean(t.accuracies)), default=None)
 
 

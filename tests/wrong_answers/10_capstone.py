@@ -36,7 +36,9 @@ def cut_block(block, axis):  # the wrong dim
     for layer in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
         layer.weight = nn.Parameter(shard(layer.weight.data, axis, 1))
         layer.bias = nn.Parameter(shard(layer.bias.data, axis, 0))
-        layer.forward = lambda x, layer=layer: my.row_linear(shard(x, axis, -1), layer.weight, None, axis)[..., : layer.bias.numel()]
+        layer.forward = lambda x, layer=layer: my.row_linear(shard(x, axis, -1), layer.weight, None, axis)[
+            ..., : layer.bias.numel()
+        ]
     for layer in (block.attention.out, block.mlp.down):
         layer.weight = nn.Parameter(shard(layer.weight.data, axis, 1))
         layer.forward = lambda x, layer=layer: my.row_linear(x, layer.weight, layer.bias, axis)
