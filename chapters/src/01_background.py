@@ -808,8 +808,8 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # | [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
 # | ★ [04c](04c_faq.ipynb) questions | which model, and which layout for which machines? |
 #
-# Chapters 5 to 8 belong to the document's last four sections: practice with a real pretrained model, applications,
-# tools, and what comes next. They build on the core path.
+# Chapters 5 to 8 are still to be written. They belong to the document's last four sections: practice with a real
+# pretrained model, applications, tools, and what comes next. They build on the core path.
 #
 # ### How to work with the notebooks
 #

@@ -1262,7 +1262,7 @@ panels[0].set_ylabel("loss")
 panels[0].legend(frameon=False, fontsize=9, loc="lower left")
 alt = (
     "Two pairs of loss curves. Trained on much text, the curve of the training text and that of held-out text fall "
-    "together. Trained on 2,000 tokens, the first falls towards 0 and the second turns and rises above where it began."
+    "together. Trained on 2,000 tokens, the first falls toward 0 and the second turns and rises above where it began."
 )
 viz.show(drawing, alt)
 

@@ -146,7 +146,7 @@ assert held[0] == sum(rank + 1 for rank in range(4))  # one process, no messages
 # but never two at once. This was parallel in name only. Such idle time
 # has a name where models are cut into pipelines: the *bubble*.
 #
-# How much travelled? A tensor has `x.numel()` numbers of `x.element_size()` bytes: here 1 × 4 bytes, sent 4 times.
+# How much traveled? A tensor has `x.numel()` numbers of `x.element_size()` bytes: here 1 × 4 bytes, sent 4 times.
 #
 # ## 3. A deadlock, explained
 #

@@ -151,7 +151,7 @@ assert distance(together, alone) < 1e-12
 
 # %% [markdown] lang="en"
 # 524,288 bytes: an activation forward, a gradient of an activation backward. **Not one parameter and not one gradient
-# of a parameter travelled.** Each rank keeps the parameters of its own block and their gradients, and updates them by
+# of a parameter traveled.** Each rank keeps the parameters of its own block and their gradients, and updates them by
 # itself. Here the document is not right. What it describes is what *data* parallelism sends. The difference matters
 # for every estimate: what travels here grows with the rows and positions of the batch, and not with the model's
 # weights.

@@ -787,11 +787,12 @@ viz.show(viz.draw_predictions(pairs.names, *ms, "ms of a step, predicted and mea
 # - **Gradients.** Nothing to see, and that is the point. Cutting adds no error of its own.
 # - **Bytes.** From one end of the table to the other it is a factor of 60. Eight tensor ranks send most: each of 8
 #   blocks has four sums of activations of the whole batch. `pp` sends least, only what crosses a boundary. `dp` sends
-#   gradients, so it depends on what the other axes have left of the model: 12.08 MB alone, 1.76 on 2 × 2 × 2. In the
-#   same way `tp` depends on what `dp` has left of the batch: 31.22 MB alone, 4.46.
+#   gradients, so it depends on what the other axes have left of the model: 12.08 MB alone, 1.76 on 2 × 2 × 2. And
+#   `tp` depends on what is left of the batch, of the blocks and of its own ring: 31.22 MB alone, 4.46 on 2 × 2 × 2,
+#   where half the rows, half the blocks and 1 in place of 7/4 of a tensor for each sum remain.
 # - **Memory.** `dp` without ZeRO divides nothing. `pp`, `tp` and ZeRO-3 divide the states by eight, more or less.
-#   Activations are another matter: `tp` without sequence parallelism keeps whole copies between the cuts, and ends with
-#   the largest sum of all.
+#   Activations are another matter: `tp` without sequence parallelism keeps whole copies between the cuts, so it
+#   needs the most of all beside the states.
 # - **Seconds.** All layouts do the same arithmetic on the same cores; what differs is the talking, its calls and its
 #   bytes. And a pipeline's [bubble](../docs/glossary.md#bubble) costs nothing where ranks outnumber cores: while one
 #   rank waits, another has its core.
@@ -996,7 +997,7 @@ assert [crosses(mesh, "tp", 8) for mesh in three] == [viz.crosses(mesh, "tp", 8)
 assert Mesh(dp=4, tp=6).line("tp", 6) == (6, 7, 8, 9, 10, 11)
 
 # %% [markdown] lang="en"
-# The third is the sly one. 6 is smaller than 8, but ranks 6 to 11 are one group, and it straddles two nodes. So a
+# The third is easily overlooked. 6 is smaller than 8, but ranks 6 to 11 are one group, and it straddles two nodes. So a
 # tensor size divides the node size. **Exercise:** [task 03g.3](../exercises/03g_hybrid.ipynb): all axes at a time.
 #
 # Here is `Mesh(dp=2, tp=8)` on two nodes, once numbered as it is, and once with `dp` innermost. The model is the one of
@@ -1269,8 +1270,9 @@ print(f"you wrote: {prediction} - it follows them; rule 6 by little without a pi
 # weights. Rule 4 decides little between `tp=2` and 4, and much at the border of the node. And the planner does two
 # things that the rules do not say:
 #
-# - In "large" and "largest" it takes `cp=4` for rows of 8,192 tokens. It believes that the ring hides behind attention
-#   at no cost. Then `cp` is a `dp` that needs no more rows. Llama 3's authors took no `cp` for rows of that length.
+# - In "large" and "largest" it takes `cp=4` for rows of 8,192 tokens. It believes that the ring of keys and values
+#   ([03e](03e_long_context.ipynb)) hides behind attention at no cost. Then `cp` is a `dp` that needs no more rows.
+#   Llama 3's authors took no `cp` for rows of that length.
 # - In "few rows" it takes no ZeRO at all: with one microbatch of one row there is little to hide behind.
 #
 # So rules are where to begin, and the planner is whom to argue with (chapter [04b](04b_cost_models.ipynb), section 8).
@@ -1372,10 +1374,10 @@ viz.show(drawing, f"How far five mistakes are off in the first loss and in the g
 
 # %% [markdown] lang="en"
 # In three of five the loss is that of the right run to the last digit: forward is right, and only what happens to
-# gradients is wrong. In the other two it is off in the fifth digit, as by another seed. The gradient is off by 3 to 70
-# percent, and everything at the left of the dashed line is right. So: **one step, raw gradients, float64, against one
-# process**, on the very mesh, with unequal rows and with dropout. It takes seconds, and it is the only test here that
-# finds all five. (For the clip, compare after clipping, and use a limit that bites.)
+# gradients is wrong. In the other two it is off in the fifth digit, as by another seed. The gradient is off by a few
+# percent up to 70 and more, and everything at the left of the dashed line is right. So: **one step, raw gradients,
+# float64, against one process**, on the very mesh, with unequal rows and with dropout. It takes seconds, and it is the
+# only test here that finds all five. (For the clip, compare after clipping, and use a limit that bites.)
 #
 # **Exercise:** [task 03g.5](../exercises/03g_hybrid.ipynb): clip over the mesh.
 #

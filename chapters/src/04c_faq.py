@@ -13,9 +13,10 @@
 #
 # **Time:** about two hours. **You need:** [Language models](02a_language_models.ipynb),
 # [data](03a_data_parallel.ipynb), [tensor](03b_tensor_parallel.ipynb) and
-# [pipeline parallelism](03c_pipeline_parallel.ipynb), and [Cost models](04b_cost_models.ipynb). The chapter mirrors
-# section 4.4 of the document that this course follows and tests, 《大规模语言模型从理论到实践 混合并行》: its three
-# questions are sections 1, 2 and 3 here.
+# [pipeline parallelism](03c_pipeline_parallel.ipynb), [hybrid](03g_hybrid.ipynb). [Cost models](04b_cost_models.ipynb)
+# is of help for section 2: how predictions are made stands there. The chapter mirrors section 4.4 of the document that
+# this course follows and tests, 《大规模语言模型从理论到实践 混合并行》. Its first question is section 1 here, its
+# other two are section 3; section 2 asks what it leaves out.
 #
 # **How to read it.** As before: write your prediction into the cell before you run it. Answers to "Your turn" are in
 # the folded cell that follows.
@@ -597,7 +598,7 @@ expect(right["words and pairs of words"] > right["MiniLM, frozen"])
 # | text is to be written, not labeled | a decoder, as in [02a](02a_language_models.ipynb) | not here |
 #
 # Its conditions: English, short texts, a few classes of the same size. MiniLM was made for English. Not tested: asking
-# a large chat model in words, which needs no labels at all, and a network or a large GPU.
+# a large chat model in words. That needs no labels at all, but a service on the network or a large GPU.
 #
 # **Your turn.** When is training from scratch not hopeless? Hoffmann et al. 2022 found about 20 tokens of text for each
 # parameter best for a given amount of compute. How many has our small GPT had, in 768 rows?
@@ -808,7 +809,8 @@ assert layout.mesh.cp == 64
 
 # %% [markdown] lang="en"
 # Few rows: a pipeline would not fill, so it is given up. Long rows: all ranks go to the context axis, since attention
-# grows with the square of the length and there is much to hide the ring behind.
+# grows with the square of the length and there is much to hide the ring of keys and values behind ([Long
+# context](03e_long_context.ipynb)).
 #
 # ### Where it may be wrong
 #
@@ -976,7 +978,7 @@ class Mine(nn.Module):
 # in [tensor parallelism](03b_tensor_parallel.ipynb). The norm between them and the residual sees whole rows on every
 # rank.
 #
-# The whole recipe are three lines: `parallelize`, `step`, and for the proof `full_gradients`. We ask for all gradients,
+# The whole recipe is three lines: `parallelize`, `step`, and for the proof `full_gradients`. We ask for all gradients,
 # whole, and hold them against one process, in float64.
 
 
@@ -1270,12 +1272,13 @@ for stages in (2, 4, 8, 16):
 # <details><summary>What batch size do I need?</summary>
 #
 # A row for each data rank, and enough microbatches for the pipeline: four times as many as stages leave it idle for
-# less than a fifth of the time, eight times for a tenth at most (printed above). Below that, take fewer stages. How
+# less than a fifth of the time, eight times for about a tenth (printed above). Below that, take fewer stages. How
 # large it *may* be is a question of training, not of layout.
 #
 # </details>
 #
 # <details><summary>It does not fit. What first?</summary>
+#
 # Predicted for one layout, above. Sequence parallelism costs nothing where there is a tensor axis, and more than halved
 # the memory. Then fewer rows a microbatch; ZeRO-1; selective recompute, for 1 percent of the time; full recompute, for
 # 36. If all of that is not enough, cut more: stages or tensor ranks.
@@ -1305,8 +1308,8 @@ for stages in (2, 4, 8, 16):
 #
 # <details><summary>Should tensor ranks cross nodes?</summary>
 #
-# As good as never. In the explorer, links of 32 GB/s between them, near what a network gives, made the planner drop the
-# axis altogether.
+# As good as never: [Hybrid parallelism](03g_hybrid.ipynb) has the seconds, in its section 8. In the explorer above,
+# links of 32 GB/s between the GPUs of a node, near what a network gives, made the planner drop the axis altogether.
 #
 # </details>
 #
@@ -1374,7 +1377,8 @@ for stages in (2, 4, 8, 16):
 #
 # **Next:** the core path ends here. You can read a layout, price it, run it and prove it. What is left is optional, in
 # any order: [Schedules](03d_schedules.ipynb), [Long context](03e_long_context.ipynb), [Experts](03f_experts.ipynb),
-# [Memory and recovery](03h_memory_and_recovery.ipynb). The [README](../README.md#a-first-session) lists what there is.
+# [Memory and recovery](03h_memory_and_recovery.ipynb), [Claims](03i_claims.ipynb), [the math](04a_math.ipynb), [Cost
+# models](04b_cost_models.ipynb). The [README](../README.md#a-first-session) lists what there is.
 
 # %%
 two.close()
