@@ -338,7 +338,7 @@ def run_schedule(program, part, axis, inputs, width, loss_of):  # sends that wai
 
 
 # %% task="03c.6" says="Is a message lost? What isend gives has to be kept until it has been waited for."
-def run_schedule(program, part, axis, inputs, width, loss_of):  # nobody waits
+def run_schedule(program, part, axis, inputs, width, loss_of):  # nobody waits: noticed at the end, or a message is lost before
     last, kept = axis.index == axis.size - 1, {}
     for op, _, m in program:
         like = next(part.parameters()).new_empty(*inputs[m].shape, width)
@@ -645,7 +645,7 @@ def steady_round(y, g, axis):  # one for the other
     return x, d
 
 
-# %% task="03c.6" says="is done before 3 of its sends are: wait() on what isend gave."
+# %% task="03c.6" says="isend g"
 def run_schedule(program, part, axis, inputs, width, loss_of):  # nobody waits
     last, kept, sends = axis.index == axis.size - 1, {}, []
     for op, _, m in program:
