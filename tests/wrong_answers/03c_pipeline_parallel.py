@@ -338,7 +338,9 @@ def run_schedule(program, part, axis, inputs, width, loss_of):  # sends that wai
 
 
 # %% task="03c.6" says="Is a message lost? What isend gives has to be kept until it has been waited for."
-def run_schedule(program, part, axis, inputs, width, loss_of):  # nobody waits: noticed at the end, or a message is lost before
+def run_schedule(
+    program, part, axis, inputs, width, loss_of
+):  # nobody waits: noticed at the end, or a message is lost before
     last, kept = axis.index == axis.size - 1, {}
     for op, _, m in program:
         like = next(part.parameters()).new_empty(*inputs[m].shape, width)
