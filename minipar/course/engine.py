@@ -6,12 +6,13 @@ beside the folder of the exercises and is written anew each time a piece passes.
 
 import ast
 import importlib.util
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .names import CHECKS
-from .tasks import Solution, course, find, solutions_folder
+from .tasks import CourseError, Solution, Task, course, solutions_folder
 
 NAME = "my_parallel.py"
 HEAD = '''"""The training engine that you have written, task by task. `python -m minipar grade` keeps it up to date.
@@ -28,9 +29,8 @@ def write(folder: Path, passed: dict[str, str]) -> list[str]:
 
     passed: answers that have passed by now, by task. Those that stand in the file already are kept.
     """
-    path, solutions = folder / NAME, course(solutions_folder(folder / "exercises" / NAME))
+    path, every = folder / NAME, _pieces(solutions_folder(folder / "exercises" / NAME)).values()
     kept = {**_kept(path), **passed}
-    every = [(solution, task) for solution in solutions for task in solution.tasks if task.engine]
     needed = dict.fromkeys(line for solution, task in every if task.id in kept for line in _imports(solution))
     parts = [HEAD, *needed, f"from {CHECKS}.engine import reference", "", ""]
     for _, task in every:
@@ -53,20 +53,28 @@ def load(folder: Path | None = None) -> ModuleType:
         spec.loader.exec_module(module)
         return module
     module = ModuleType("my_parallel")
-    for solution in course(solutions_folder()):
-        for task in solution.tasks:
-            vars(module).update(reference(task.id) if task.engine else {})
+    for name in _pieces(solutions_folder()):
+        vars(module).update(reference(name))
     return module
 
 
 def reference(name: str) -> dict[str, Any]:
-    """The pieces that the solution of a task defines, by name."""
-    task = find(name, solutions_folder())
-    (solution,) = [one for one in course(solutions_folder()) if task in one.tasks]
+    """The pieces that the solution of a task defines, by name. CourseError for a task that has none."""
+    every = _pieces(solutions_folder())
+    if name not in every:
+        raise CourseError(f"the answer to {name!r} is no piece of the engine; there are {', '.join(every)}")
+    solution, task = every[name]
     names: dict[str, Any] = {"__name__": "my_parallel"}
     exec("\n".join(_imports(solution)), names)
     exec(task.answer.source, names)
     return {piece: names[piece] for piece in task.engine}
+
+
+@cache
+def _pieces(folder: Path) -> dict[str, tuple[Solution, Task]]:
+    """The tasks whose answers are pieces, by name, in order. Notebooks are read once, whoever asks for how many."""
+    every = [(solution, task) for solution in course(folder) for task in solution.tasks]
+    return {task.id: (solution, task) for solution, task in every if task.engine}
 
 
 def _imports(solution: Solution) -> list[str]:
