@@ -4,13 +4,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
 from ..world import RankError
-from .names import YOURS, fold
+from .names import YOURS, fold, nested
 
 Tensors = dict[str, Tensor]
 
@@ -69,14 +69,12 @@ def names_in(answer: Any) -> set[str]:
         if id(part) in seen:
             continue
         seen.add(id(part))
-        if isinstance(part, CodeType):
-            found |= {*part.co_names}
-            left += part.co_consts
-        elif isinstance(part, FunctionType):
-            space = part.__globals__
-            called = [space.get(name) for name in names_in(part.__code__)]
+        if isinstance(part, FunctionType):
+            used, space = {name for code in nested(part.__code__) for name in code.co_names}, part.__globals__
+            found |= used
+            called = [space.get(name) for name in used]
             left += [f for f in called if isinstance(f, FunctionType) and f.__globals__ is space]
-            left += [part.__code__, *(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+            left += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
             left += [cell.cell_contents for cell in part.__closure__ or ()]
             if part.__module__.startswith("minipar."):
                 found.add(part.__name__)

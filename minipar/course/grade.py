@@ -259,10 +259,10 @@ class _Cell(IPyNbCell):
         message = re.sub(r"\(\d+\.py, line (\d+)\)", r"(line \1 of the answer)", message)  # of a SyntaxError
         if name == "NotImplementedError" or message.startswith("Not begun"):
             return "todo", "Not begun: NotImplementedError stands where your code goes."
-        if name in ("Refused", "AssertionError") and message:
-            return "fail", MEMORY if re.search(NO_MEMORY, message) else message
         if re.search(NO_MEMORY, f"{name}: {message}"):
             return "fail", MEMORY
+        if name in ("Refused", "AssertionError") and message:
+            return "fail", message
         trace = ANSI.sub("", "\n".join(raised.traceback)).splitlines()
         at = [line for line in trace if line.startswith("--") and "-> " in line][-1:]
         return "fail", "\n".join([f"{name}: {message}", *at])

@@ -4,7 +4,7 @@ import ast
 import dis
 import linecache
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -125,6 +125,14 @@ def _gives(source: str, name: str) -> bool:
         return False
 
 
+def nested(code: CodeType) -> Iterator[CodeType]:
+    """A piece of code, and that of the functions and classes in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from nested(constant)
+
+
 def _mentions(source: str, inside: bool = False) -> tuple[set[str], set[str]]:
     """The notebook's variables that a cell reads, and the names of attributes and modules in it.
 
@@ -133,10 +141,7 @@ def _mentions(source: str, inside: bool = False) -> tuple[set[str], set[str]]:
     from IPython import get_ipython
 
     variables, others = set[str](), set[str]()
-    codes = [compile(get_ipython().transform_cell(source), "answer", "exec")]
-    while codes:
-        code = codes.pop()
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    for code in nested(compile(get_ipython().transform_cell(source), "answer", "exec")):
         reads = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_NAME", "LOAD_GLOBAL")]
         variables |= set() if inside and code.co_name == "<module>" else set(reads)
         others |= set(code.co_names)
