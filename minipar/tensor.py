@@ -437,10 +437,8 @@ def _check_left_out(name: str, parent: nn.Module, styles: dict[str, tuple[str, .
     """A norm of heads that stands between cut layers, or an activation with a number of its own, sees this rank's part
     only, so its gradients are partial sums. If the plan did not say so, nothing would tell."""
     cut_here = {styles[f"{name}.{child}"][0] for child, _ in parent.named_children() if f"{name}.{child}" in styles}
-    size, deeper = (
-        _head_size(parent),
-        any("." in x.removeprefix(f"{name}.") for x in styles if x.startswith(f"{name}.")),
-    )
+    size = _head_size(parent)
+    deeper = any("." in x.removeprefix(f"{name}.") for x in styles if x.startswith(f"{name}."))
     if not {"colwise", "rowwise"} <= cut_here or deeper:
         return
     for child, layer in parent.named_children():

@@ -278,12 +278,13 @@ def _folder(source: Source, data_dir: Folder | None) -> Path:
     if data_dir is not None:
         return _checked(Path(data_dir), source)
     folder = cache() / source.name
-    if _problems(folder, source):
-        if "{file}" in source.url:
-            for name, wanted in source.files.items():
-                _download(source, source.url.format(file=name), folder, name, wanted)
-        else:
-            _unpack(source, folder)
+    if not _problems(folder, source):
+        return folder
+    if "{file}" in source.url:
+        for name, wanted in source.files.items():
+            _download(source, source.url.format(file=name), folder, name, wanted)
+    else:
+        _unpack(source, folder)
     return _checked(folder, source)
 
 
