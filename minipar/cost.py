@@ -335,9 +335,10 @@ def traffic(
 
     dp (all data ranks, over ep and cp too): the gradients once, or what `minipar.zero` says, m times where gradients or
         weights are shared out. Experts travel over dp and cp alone.
-    tp: four all-reduces of an activation for each block and microbatch, one for the embedding and one for the head's
-        input, three numbers a token for the loss. Sequence parallelism makes each a gather and a scatter, and gathers
-        the embedding's gradient; what saw only a part of the sequence is summed once.
+    tp: four all-reduces of an activation for each block and microbatch, one for the embedding (of whole rows, which are
+        cut over cp behind it) and one for the head's input, three numbers a token for the loss. Sequence parallelism
+        makes each a gather and a scatter, and gathers the embedding's gradient; what saw only a part of the sequence is
+        summed once.
     pp: an activation over each boundary and its gradient back; a tied weight's gradient from one end to the other.
     cp: keys and values around the ring, and with their gradients back: 3(n-1) shares a block and microbatch.
     ep: four all-to-alls of all slots a block and microbatch; `top` slots a token, empty ones not counted.
@@ -351,7 +352,7 @@ def traffic(
     for share in shares(model, layout):
         size = share.dense, layout.replicas
         experts = share.experts, mesh.dp * mesh.cp
-        tensor = (4 * share.blocks + share.first + share.last) * activation * m
+        tensor = (4 * share.blocks + share.first * mesh.cp + share.last) * activation * m
         sent = {
             "dp": sum(_data_bytes(layout, parameters, ranks, formats) for parameters, ranks in (size, experts)),
             "tp": all_reduce_bytes(tensor + share.last * 3 * tokens * m * max(formats.activations, 4), mesh.tp),

@@ -305,6 +305,9 @@ TRAFFIC = [
     (Mesh(dp=2, tp=2), {"zero": 3, "microbatches": 2, "whole_gradients": True}),
     (Mesh(cp=4), {}),
     (Mesh(dp=2, cp=2), {"microbatches": 2}),
+    (Mesh(cp=2, tp=2), {"microbatches": 2}),
+    (Mesh(cp=2, tp=2), {"sequence_parallel": True}),
+    (Mesh(pp=2, cp=2), {"microbatches": 2}),
 ]
 
 
