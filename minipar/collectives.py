@@ -68,6 +68,14 @@ def device_mesh(mesh: Mesh) -> DeviceMesh:
     return init_device_mesh(here().device.type, tuple(mesh.shape.values()), mesh_dim_names=tuple(mesh.shape))
 
 
+def disconnect() -> None:
+    """Let go of all groups, so that torch can end them, also where a model is still there that used them."""
+    for known in (connect, device_mesh, _group):
+        known.cache_clear()
+    for transport in list(Torch.living):
+        transport.group = transport.upward = None
+
+
 def everyone() -> Axis:
     """All ranks, as one axis."""
     me = here()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -158,11 +159,13 @@ class Torch:
     """torch.distributed under an axis. Books what gloo's and nccl's algorithms send, for M bytes and n ranks."""
 
     OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+    living: WeakSet["Torch"] = WeakSet()  # those that somebody has
 
     def __init__(self, axis: str, ranks: tuple[int, ...], index: int, group: Group, upward: Group):
         """upward: the group of messages to a lower index. Under nccl it is another one than `group`, because nccl
         carries out the messages of a pair of ranks one by one in the order in which they were started."""
         self.axis, self.ranks, self.index, self.group, self.upward = axis, ranks, index, group, upward
+        self.living.add(self)
 
     def all_reduce(self, x: Tensor, op: str) -> Pending:
         entry = _enter("all_reduce", self.axis, 2 * x.nbytes * self._others)  # a ring: 2 (n-1)/n M

@@ -3,6 +3,7 @@
 A World keeps its ranks between runs. When a run leaves them in a state that nobody can know, it replaces them.
 """
 
+import gc
 import inspect
 import os
 import sys
@@ -188,7 +189,17 @@ def main(
         dist.all_gather_object(answers, fn(*args, **kwargs))
         return answers
     finally:
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Destroy the groups, and with them gloo's threads, which end when nobody holds a group any more. One that still
+    lets go of a tensor while Python shuts down aborts the process, after all its work is done."""
+    from .collectives import disconnect  # which itself needs this file
+
+    disconnect()
+    dist.destroy_process_group()
+    gc.collect()  # what torch's own wrappers hold
 
 
 def _under_torchrun() -> bool:

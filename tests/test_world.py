@@ -318,21 +318,30 @@ def test_a_killed_caller_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("minipar-*"))
 
 
-def test_the_same_script_gives_the_same_numbers_under_torchrun(tmp_path: Path) -> None:
+def test_the_same_script_gives_the_same_numbers_under_torchrun_and_no_thread_outlives_it(
+    tmp_path: Path,
+) -> None:
+    """A thread that still works while Python shuts down aborts it, now and then, after all is done."""
     path = script(
         tmp_path,
         """
-        import torch, torch.distributed as dist
-        from minipar import here, main
+        from pathlib import Path
+        import torch
+        from minipar import Mesh, connect, here, main
+        from minipar.collectives import all_reduce
+
+        kept = []
 
         def mean(n):
             x = torch.rand(n, dtype=torch.float64) * (here().rank + 1)
-            dist.all_reduce(x)
+            kept.append(connect(Mesh(dp=8))["dp"])  # as a model does
+            x = all_reduce(x, kept[0])
             return here().rank, here().size, torch.get_num_threads(), (x / here().size).tolist()
 
         answers = main(mean, 3, ranks=8, seed=7)
         if here().rank == 0:
             print(answers)
+            print(sum("gloo" in file.read_text() for file in Path("/proc/self/task").glob("*/comm")), "left")
         """,
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
@@ -340,7 +349,7 @@ def test_the_same_script_gives_the_same_numbers_under_torchrun(tmp_path: Path) -
         subprocess.run([*command, path], capture_output=True, text=True, check=True, timeout=120).stdout
         for command in ([sys.executable], torchrun)
     )
-    assert ours == theirs and ours.startswith("[(0, 8, ")
+    assert ours == theirs and ours.startswith("[(0, 8, ") and ours.endswith("\n0 left\n")
 
 
 def test_main_needs_no_torchrun() -> None:
