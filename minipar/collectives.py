@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .mesh import Mesh, bounds
+from .rank import leaving
 from .transport import Alone, Pending, Staged, Torch, Transport
 from .world import here
 
@@ -74,6 +75,9 @@ def disconnect() -> None:
         known.cache_clear()
     for transport in list(Torch.living):
         transport.group = transport.upward = None
+
+
+leaving.append(disconnect)
 
 
 def everyone() -> Axis:

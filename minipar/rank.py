@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
@@ -41,6 +41,8 @@ class Here:
 # What this process is; set once, when it becomes a rank.
 _here: Here | None = None
 _in_world = False
+
+leaving: list[Callable[[], None]] = []  # called before the groups are destroyed: let go of them
 
 
 def here() -> Here:

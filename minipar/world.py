@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from . import report, travel
 from .crew import Crew, Exit, warm
-from .rank import Failure, Here, cores, follow, here, in_world, settle, sow
+from .rank import Failure, Here, cores, follow, here, in_world, leaving, settle, sow
 
 __all__ = ["Here", "RankError", "World", "here", "main", "warm"]
 
@@ -195,9 +195,8 @@ def main(
 def _leave() -> None:
     """Destroy the groups, and with them gloo's threads, which end when nobody holds a group any more. One that still
     lets go of a tensor while Python shuts down aborts the process, after all its work is done."""
-    from .collectives import disconnect  # which itself needs this file
-
-    disconnect()
+    for let_go in leaving:
+        let_go()
     dist.destroy_process_group()
     gc.collect()  # what torch's own wrappers hold
 
