@@ -329,7 +329,7 @@ with verdict():
         inside = [rank for rank in range(4) if f"{sum_of_powers:04}"[3 - rank] == "1"]
         came = f"it came from rank 1 in step {step - 1}, and rank 2 has added its own" if step else "nothing came yet"
         assert ranks == inside, f"Step {step}: you say that chunk {chunk} holds numbers of ranks {ranks}, but {came}."
-    print("rank 2 sends", ", ".join(f"chunk {chunk} with {len(ranks)} of 4 terms" for chunk, ranks in yours))
+    print(f"another chunk in each step, with one term more: {len(yours[-1][1])} of 4 in the last")
 
 # %% [markdown] lang="en"
 # ## 02b.2 · Mend: a circle of sends

@@ -210,7 +210,8 @@ with verdict():
         assert name in yours, f"read_off says nothing about {name!r}."
         got = number(yours[name], repr(name))
         assert same(got, wanted, 1e-6), f"{name!r} is not {got:g}. {why}."
-    print(f"a link of {yours['bandwidth']:g} GB/s; messages of {yours['equal']:,.0f} bytes get half of that")
+    shares = [n * beta / (alpha + n * beta) for n in (1e6, 1e7)]
+    print("a message of 1 MB gets {:.0%} of the bandwidth, one of 10 MB {:.0%}".format(*shares))
 
 # %% [markdown] lang="en"
 # ## 04b.2 · Write: fit a link
