@@ -3,10 +3,12 @@
 #
 # Four small functions, half an hour, no ranks: here a "rank" is an entry of a list. They are what the engine rests on.
 # A gradient of a sum is a sum of gradients; the chain rule does not mind where a matrix is cut; and a mean of means is
-# not the mean.
+# not the mean. They go with [chapter 04a](../chapters/04a_math.ipynb).
 #
-# **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to finish;
-# the folded cell below it is its check. In a terminal, in the folder of the course:
+# **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to finish,
+# where it says `raise NotImplementedError("your turn")`. The folded cell below it is its check: run it after yours. For
+# a right answer it prints the line that stands there already, for a wrong one it says what is wrong. Or let a terminal
+# check, in the folder of the course, after you have saved:
 #
 #     python -m minipar grade exercises/04a_math.ipynb
 #     python -m minipar hint 04a.1
@@ -65,8 +67,11 @@ with verdict():
         same = all(abs(a - b) < 1e-3 for a, b in zip(got, values, strict=True))
         assert not same, f"w = {got[0]:.4g}, b = {got[1]:.4g}: that is {mistake}."
     for name, mine, right in zip("wb", got, wanted, strict=True):
-        assert abs(mine - right) < 1e-3, f"{name} is not {mine:.4g} after the step. Check the derivative for {name}."
-    print(f"w = {wanted[0]:.4f}, b = {wanted[1]:.4f}")
+        off = abs(mine - right)
+        assert not 1e-3 <= off < 0.01, f"{name} is nearly {mine:.4g}: give four decimals, or an expression."
+        assert off < 1e-3, f"{name} is not {mine:.4g} after the step. Check the derivative for {name}."
+    before, after = (float(((w * x + b - y) ** 2).mean()) for w, b in ((1, 1), wanted))
+    print(f"the loss falls from {before:.2f} to {after:.2f}")
 
 # %% [markdown] lang="en"
 # ## 04a.2 · Write: what a rank gives to the sum
@@ -154,6 +159,8 @@ with verdict():
     for counts in ([4, 4], [60, 20], [60, 44, 28, 12], [3, 0, 6]):
         each, worst = returned(weights(list(counts)), "weights")
         assert len(each) == len(counts), f"{counts}: {len(each)} weights for {len(counts)} ranks."
+        for number in (*each, worst):
+            assert isinstance(number, Fraction | int), f"{counts}: {number!r} is no Fraction, and is not exact."
         loss = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in counts]
         means = [one.mean() for one in loss if len(one)]
         (sum(means) / len(counts)).backward()
@@ -249,5 +256,6 @@ with verdict():
         assert off < 1e-9, (
             f"{case}: y and A's gradients are right, x's is off by {off:.2g}. From where does x get terms?"
         )
-        assert sums == [ranks] * 2, f"{case}: {len(sums)} sums over the ranks, of {sums} tensors. Two do, one each way."
+        made = f"{len(sums)} sum{'s' * (len(sums) != 1)} over the ranks"
+        assert sums == [ranks] * 2, f"{case}: {made}, of {sums} tensors. Two do, one each way."
     print("one sum forward, one sum backward, on 1, 2 and 4 ranks")
