@@ -12,11 +12,12 @@ from pathlib import Path
 import mutants
 import nbformat
 import pytest
+import torch
 from nbformat import NotebookNode
 from test_notebooks import EXERCISE, ROOT
 
 from minipar.__main__ import main
-from minipar.course import build, engine
+from minipar.course import build, checks, engine
 from minipar.course.grade import Verdict, grade
 from minipar.course.kernel import Kernel
 
@@ -78,6 +79,17 @@ def test_solutions_pass_blanks_are_to_do_and_wrong_answers_are_refused_by_name(n
         if quoted:
             other.append(f"{task}\n{answer}\nis told of code that gives things away: {verdict.reason}")
     assert not other, "\n\n".join(other)
+
+
+def test_an_error_is_told_with_the_lines_of_the_answer_and_none_of_a_library():
+    def answer():
+        torch.ones(2, requires_grad=True).backward()
+
+    with pytest.raises(checks.Refused) as told, checks.verdict():
+        answer()
+    error, line = str(told.value).splitlines()
+    assert error == "RuntimeError: grad can be implicitly created only for scalar outputs"
+    assert line.endswith(" of answer: torch.ones(2, requires_grad=True).backward()")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """For the check cells of exercises: what is wrong with these tensors, and how a learner is told."""
 
+import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ Tensors = dict[str, Tensor]
 
 TOLERANCE = 1e-12  # of the largest value of the reference, in float64
 FLOAT32 = 1e-5  # of the largest value: what rounding to float32 may cost
+LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 NOT_BEGUN = "Not begun: NotImplementedError stands where your code goes."
 
 
@@ -48,8 +50,9 @@ def verdict() -> Iterator[None]:
 
 
 def _told(error: Exception) -> str:
-    """The error, and the lines that led to it, without those of the check (the first two: this file and the cell)."""
-    frames = traceback.extract_tb(error.__traceback__)[2:]
+    """The error, and the lines that led to it, without those of libraries, nor those of the check (the first two: this
+    file and the cell)."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__)[2:] if not f.filename.startswith(LIBRARIES)]
     lines = [f"  line {frame.lineno} of {frame.name}: {frame.line}" for frame in frames if frame.line]
     return "\n".join([f"{type(error).__name__}: {error}", *lines])
 
