@@ -155,7 +155,8 @@ def _hint(options: argparse.Namespace) -> int:
     for number in range(1 if options.all else shown, progress.hints[task.id] + 1):
         print(f"{task.id} {task.title}, hint {number} of {len(task.hints)}\n\n{task.hints[number - 1]}\n")
     if progress.hints[task.id] == len(task.hints):
-        print(f"That was the last hint. The solution: {COMMAND} solution {task.id} --reveal")
+        reveal = "" if task.id in progress.passed else " --reveal"
+        print(f"That was the last hint. The solution: {COMMAND} solution {task.id}{reveal}")
     return 0
 
 

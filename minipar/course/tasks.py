@@ -88,7 +88,8 @@ def find(name: str, folder: Path) -> Task:
     full = full_name(name)
     every = {task.id: task for solution in course(folder) for task in solution.tasks}
     if full not in every:
-        raise CourseError(f"there is no task {name!r}; there are {', '.join(every)}")
+        near = [one for one in every if one.split(".")[0] == full.split(".")[0]]
+        raise CourseError(f"there is no task {name!r}; there are {', '.join(near or every)}")
     return every[full]
 
 
