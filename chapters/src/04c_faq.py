@@ -1164,7 +1164,7 @@ with tempfile.TemporaryDirectory() as folder:
     script.write_text(SCRIPT)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # torchrun by its other name
     command = [sys.executable, "-m", *launcher, script]
-    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     train = runpy.run_path(str(script))["train"]
 with contextlib.redirect_stdout(io.StringIO()):  # a World shows what its ranks print
     losses = two.run(train, 3)
