@@ -53,6 +53,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from IPython.display import Markdown, display
@@ -133,8 +134,10 @@ def quiet():
     """On stderr torch's profiler says that it begins and ends. Not to us."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
-    yield
-    os.dup2(kept, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
 
 
 # %%
@@ -245,9 +248,9 @@ def off(gradients):
 
 # %%
 def uneven_ddp():
-    module = fresh()
-    mean_loss(DistributedDataParallel(module)(mine(tokens)), mine(uneven)).backward()
-    return off([p.grad for p in module.parameters()])
+    model = DistributedDataParallel(fresh())
+    mean_loss(model(mine(tokens)), mine(uneven)).backward()
+    return off([p.grad for p in model.parameters()])
 
 
 def uneven_minipar():
@@ -261,9 +264,41 @@ print(f"off by, as a share of the gradient: DDP {ddp:.0%}, minipar {own:.0e}")
 assert ddp > 0.2 and own < 1e-12
 
 # %% [markdown] lang="en"
-# Not a bug of DDP: it was never told how many tokens count. Divide by the global count yourself (an all-reduce of
-# one number) and multiply by the ranks, and it is right. Many training scripts do not. transformers' Trainer does
-# since 2024, after such a bug had been found in gradient accumulation.
+# Not a bug of DDP: it was never told how many tokens count.
+#
+# **Your turn.** Mend it. Sum the losses of your own tokens, find out how many tokens count on all ranks together
+# (`dist.all_reduce`), and remember that DDP will divide by the number of ranks. Our answer is in the cell behind.
+
+
+# %%
+def your_loss(logits, labels):
+    """What to call backward() on, so that DDP's mean of gradients is that of the whole batch."""
+    return None
+
+
+# %%
+def our_loss(logits, labels):
+    count = (labels != -100).sum()
+    dist.all_reduce(count)
+    return 2 * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count
+
+
+def mended_ddp(loss):
+    model = DistributedDataParallel(fresh())
+    loss(model(mine(tokens)), mine(uneven)).backward()
+    return off([p.grad for p in model.parameters()])
+
+
+mended = world.run(mended_ddp, our_loss)[0]
+print(f"off by {mended:.0e}")
+assert mended < 1e-12
+
+# %% [markdown] lang="en"
+# (The wrapper needs a name. In `DistributedDataParallel(module)(tokens)` nobody holds it. It is gone before backward
+# begins, and nothing is summed, without a word. We did that first.)
+#
+# One number travels, and the gradient is right. Many training scripts leave it out. transformers' Trainer does it by
+# default now (its option is called average_tokens_across_devices).
 #
 # **What DDP does better.** It is everywhere, and tested on every device. It finds parameters that got no gradient
 # (find_unused_parameters), compresses gradients by hooks, works with `torch.compile`, and with any module: it
@@ -463,8 +498,8 @@ parts = {o.replace("_", "-"): [results[r].get(o, (0, 0))[1] / 1e6 for r in rows]
 viz.show(viz.draw_bars(rows, parts, "MB that a rank sends in a step, over gloo", "The same step, the same gradients"))
 
 # %% [markdown] lang="en"
-# Four pairs, and in three of them the bars are of the same length: the algorithms leave little choice. What differs
-# is what is around them.
+# Four pairs. In two of them the bars are of the same length, in a third nearly: the algorithms leave little choice.
+# What differs is what is around them.
 #
 # | | torch's four | minipar |
 # |---|---|---|
@@ -486,7 +521,7 @@ viz.show(viz.draw_bars(rows, parts, "MB that a rank sends in a step, over gloo",
 
 # %%
 def table(frameworks):
-    """Rows of the dictionary, minipar's side first. Names of other frameworks are long: they may break behind a dot."""
+    """Rows of the dictionary, minipar's side first."""
     lines = [f"| | minipar | {' | '.join(f'[{FRAMEWORKS[f]}]({SOURCES[f]})' for f in frameworks)} |"]
     lines.append("|---" * (2 + len(frameworks)) + "|")
     for row in ROWS:
@@ -495,10 +530,13 @@ def table(frameworks):
     display(Markdown("\n".join(lines)))
 
 
-table(["megatron", "deepspeed", "torchtitan"])
+table(["megatron", "deepspeed"])
 
 # %%
-table(["accelerate", "jax", "tensorflow"])
+table(["torchtitan", "accelerate"])
+
+# %%
+table(["jax", "tensorflow"])
 
 # %% [markdown] lang="en"
 # An empty cell means that we found nothing that does the same by a flag or a name, as of November 2026. Four things
@@ -790,7 +828,15 @@ ROOT = Path(minipar.__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "cluster"
 script = (EXAMPLES / "train.py").read_text()
 core = script[script.index("def train(") : script.index("if __name__")].rstrip()
-display(Markdown(f"```python\n{core}\n```"))
+
+
+def show_text(text, language):
+    """In a box as wide as its longest line, so that lines do not break."""
+    wide = 0.62 * max(map(len, text.splitlines()))
+    display(Markdown(f'<div style="min-width: {wide:.0f}em">\n\n```{language}\n{text}\n```\n\n</div>'))
+
+
+show_text(core, "python")
 
 # %% [markdown] lang="en"
 # Nothing in it says how many nodes there are. `dp` is what is left, as in Megatron-LM. And it goes on from its newest
@@ -833,7 +879,11 @@ nodes = [
 ]
 
 # %%
-printed = "".join(node.communicate(timeout=50)[0] for node in nodes)
+try:
+    printed = "".join(node.communicate(timeout=50)[0] for node in nodes)
+finally:
+    for node in nodes:
+        node.terminate()
 assert [node.returncode for node in nodes] == [0, 0], printed
 losses = [float(line.split("loss ")[1].split(",")[0]) for line in printed.splitlines() if line.startswith("step")]
 mesh = Mesh(dp=2, tp=2)
@@ -877,7 +927,7 @@ assert all(abs(a - b) < 2e-4 for a, b in zip(losses, expected, strict=True))
 # comments say what you want, and wait. This one is complete:
 
 # %%
-display(Markdown(f"```bash\n{(EXAMPLES / 'slurm.sh').read_text()}```"))
+show_text((EXAMPLES / "slurm.sh").read_text(), "bash")
 
 # %% [markdown] lang="en"
 # Line by line, where it is not obvious:
@@ -904,7 +954,7 @@ display(Markdown(f"```bash\n{(EXAMPLES / 'slurm.sh').read_text()}```"))
 # one file, in YAML:
 
 # %%
-display(Markdown(f"```yaml\n{(EXAMPLES / 'kubernetes.yaml').read_text()}```"))
+show_text((EXAMPLES / "kubernetes.yaml").read_text(), "yaml")
 
 # %% [markdown] lang="en"
 # Here the pod's number is torchrun's `--node-rank`, and pod 0's name is the address, so nothing is left to settle.
@@ -1040,8 +1090,7 @@ print(card)
 # grade` on every notebook that a push has changed, and shows the verdicts on the page of that run.
 
 # %%
-workflow = (ROOT / "examples" / "github" / "grade.yml").read_text()
-display(Markdown(f"```yaml\n{workflow}```"))
+show_text((ROOT / "examples" / "github" / "grade.yml").read_text(), "yaml")
 
 # %% [markdown] lang="en"
 # It works since `grade` ends with a code other than 0 if a task fails, and since a fresh machine can set itself up
@@ -1156,7 +1205,7 @@ assert gone and hasattr(transformers, "BertForSequenceClassification")
 # - PyTorch 2.13, [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html) and
 #   [torch.profiler](https://docs.pytorch.org/docs/2.13/profiler.html)
 # - Perfetto, [Visualizing external trace formats](https://perfetto.dev/docs/getting-started/other-formats)
-# - the frameworks' documentation, linked in the heads of the two tables of section 2
+# - the frameworks' documentation, linked in the heads of the tables of section 2
 #
 # **Next:** [Scale and serving](08a_scale_and_serving.ipynb): what changes at 16,384 GPUs, and when a model answers
 # instead of learns.
