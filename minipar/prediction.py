@@ -130,15 +130,23 @@ def block_seconds(
     attention = max((s for k, s in parts if k.flops and k.again[1] == 0), default=0.0)
     ring = max(ring - attention, 0.0) if kernels.overlap else ring
     slots = gather_bytes(model.top * activation, mesh.ep) if model.experts else 0.0
-    others = ring + (2 * _link(cluster, layout, "ep", kernels).seconds(slots, 1) if slots else 0.0)
+    there_and_back = 2 * _link(cluster, layout, "ep", kernels).seconds(slots, 1) if slots else 0.0
+    others, others_backward = ring + there_and_back, 2 * ring + there_and_back  # a ring takes gradients along
 
     again = {
         "none": 0.0,
         "selective": sum(s for k, s in parts if not k.flops) if kernels.fused_attention else attention,
         "full": forward + once + others,
     }[layout.recompute]
-    tensor = (3 if layout.recompute == "full" else 2) * once
-    return Block(forward + once + others, by_input + once + 2 * others + again, by_weight, products, tensor, 3 * others)
+    forwards = 2 if layout.recompute == "full" else 1
+    return Block(
+        forward + once + others,
+        by_input + once + others_backward + again,
+        by_weight,
+        products,
+        (forwards + 1) * once,
+        forwards * others + others_backward,
+    )
 
 
 def _link(cluster: Cluster, layout: Layout, axis: str, kernels: Kernels) -> Link:

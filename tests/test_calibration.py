@@ -8,7 +8,7 @@ import pytest
 from minipar import Config, Mesh
 from minipar import calibration as cal
 from minipar.calibration import Comparison
-from minipar.cost import Layout
+from minipar.cost import FP32, Layout, traffic
 from minipar.machine import Heard, Machine, Observations, Piece, Sizes, Talk, fit, load_machine, reduction, sizes
 from minipar.rank import cores
 from minipar.transformer import from_config
@@ -30,6 +30,10 @@ TRUTH = Machine(
 NOTHING = dict.fromkeys(TRUTH.talk, Talk(0.0, 0.0, 0.0))
 SAME = dict.fromkeys(TRUTH.crowd, 1.0)
 FREE = replace(TRUTH, crowd=SAME, crowd_effort=SAME, talk=NOTHING, talk_effort=NOTHING)
+IDLE = Sizes(0.0, 0.0, 0.0, 0.0, 0.0)
+# A second for each byte, and nothing else takes time.
+A_BYTE = dict.fromkeys(TRUTH.talk, Talk(0.0, 0.0, 1.0))
+BYTES = replace(FREE, cores=8, forward=IDLE, backward_input=IDLE, backward_weight=IDLE, talk=A_BYTE, overlap=0.0)
 
 
 def observations(truth: Machine) -> Observations:
@@ -136,6 +140,32 @@ def test_sequence_parallelism_cuts_norms_too():
     whole, cut = (Layout(Mesh(tp=2), sequence_parallel=sequence) for sequence in (False, True))
     assert TRUTH.step_seconds(Layout(Mesh(), sequence_parallel=True), 16) == TRUTH.step_seconds(Layout(Mesh()), 16)
     assert FREE.step_seconds(cut, 16) < FREE.step_seconds(whole, 16)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(Mesh(tp=2), 2),
+        Layout(Mesh(tp=4), 1),
+        Layout(Mesh(dp=2), 2),
+        Layout(Mesh(dp=4), 2, zero=1),
+        Layout(Mesh(dp=2), 2, zero=2),
+        Layout(Mesh(dp=2), 2, zero=2, whole_gradients=True),
+        Layout(Mesh(dp=2), 2, zero=3),
+        Layout(Mesh(dp=2, tp=2), 2, zero=3),
+    ],
+    ids=cal.name,
+)
+def test_where_only_bytes_take_time_a_step_takes_those_that_are_counted(layout):
+    """But for the sums of loss and count."""
+    (sent,) = traffic(MODEL, layout, 16, CONFIG.context, FP32)
+    assert 0 <= BYTES.step_seconds(layout, 16) - sum(sent.values()) <= 2 * 16
+
+
+def test_between_stages_a_rank_sends_what_it_has_of_the_sequence():
+    for sequence, parts in ((False, 1), (True, 2)):
+        costs = BYTES.costs(Layout(Mesh(pp=2, tp=2), 2, sequence_parallel=sequence), 16)
+        assert costs.communication == 4 * 8 * CONFIG.context * CONFIG.width / parts
 
 
 def test_a_world_of_unknown_size_is_refused():

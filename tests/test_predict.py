@@ -10,6 +10,7 @@ from minipar.cost import MIXED, TODAY, Kernels, Layout, step_flops, traffic
 from minipar.hardware import CLUSTERS, DEVICES, Cluster, Link, load_cluster
 from minipar.prediction import block_kernels, predict
 from minipar.published import RUNS
+from minipar.schedule import Action, Op
 from minipar.transformer import MODELS, Transformer, find_model
 
 MODEL = find_model("llama-8b")
@@ -76,6 +77,32 @@ def test_collectives_take_the_bytes_of_the_ledger_over_the_link():
     assert got.parts["tensor axis"] == pytest.approx((two - one) * MODEL.layers / 1e9, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh", "axis", "again"),
+    [
+        ("llama-8b", Mesh(cp=8), "cp", 1 / 3),
+        ("llama-8b", Mesh(cp=4, tp=2), "cp", 1 / 3),
+        ("mixtral-8x7b", Mesh(ep=8), "ep", 1 / 2),
+        ("mixtral-8x7b", Mesh(ep=4, tp=2), "ep", 1 / 2),
+    ],
+)
+def test_context_and_expert_axes_take_the_bytes_of_the_ledger_over_the_link(name, mesh, axis, again):
+    """Of a ring forward sends a third, of all-to-alls half: so much more if blocks' forwards are made again."""
+    model, slow, open_ = find_model(name), cluster(8, inside=Link(0.0, 1e9)), replace(PERFECT, overlap=False)
+    for recompute, times in (("none", 1), ("full", 1 + again)):
+        layout = Layout(mesh, 4, recompute=recompute)
+        got = predict(model, layout, slow, 32, 4096, kernels=open_).parts["context and expert axes"]
+        assert got == pytest.approx(times * traffic(model, layout, 32, 4096)[0][axis] / 1e9)
+
+
+def test_a_boundary_is_crossed_by_what_a_rank_has_of_the_sequence():
+    slow, whole = cluster(8, inside=Link(0.0, 1e9)), 4096 * MODEL.hidden * 2 / 1e9
+    for sequence, parts in ((False, 1), (True, 4)):
+        layout = Layout(Mesh(pp=2, tp=4), 4, sequence_parallel=sequence)
+        crossing = predict(MODEL, layout, slow, 4, 4096, kernels=PERFECT).costs.communication
+        assert crossing == pytest.approx(whole / parts)
+
+
 def test_an_axis_uses_the_slowest_link_it_has_to_cross():
     h100 = CLUSTERS["h100"].of(64)
     mesh = Mesh(dp=2, pp=4, tp=8)
@@ -95,6 +122,33 @@ def test_what_overlaps_is_not_paid_twice():
         for overlap in (True, False)
     )
     assert 0 < hidden < open_
+
+
+def test_gradients_that_travel_once_hide_behind_the_last_backward_alone():
+    slow = cluster(8, inside=Link(0.0, 1e9))
+    hidden, open_ = (
+        predict(MODEL, Layout(Mesh(dp=8), 4), slow, 32, 4096, kernels=replace(TODAY, overlap=overlap))
+        for overlap in (True, False)
+    )
+    microbatch = sum(open_.costs(Action(op, 0, 0)) for op in (Op.F, Op.B))
+    assert open_.parts["data axis"] - hidden.parts["data axis"] == pytest.approx(2 / 3 * microbatch)
+
+
+def test_an_optimizer_updates_what_its_rank_owns():
+    layouts = [Layout(Mesh(dp=8), 4, zero=zero) for zero in range(4)]
+    whole, *shares = (predict(MODEL, layout, cluster(8), 32, 4096).parts["optimizer"] for layout in layouts)
+    assert shares == pytest.approx([whole / 8] * 3)
+
+
+def test_selective_recompute_makes_again_all_but_products_and_full_the_blocks_forward():
+    layouts, alone = [Layout(Mesh(), 4, recompute=how) for how in ("none", "selective", "full")], cluster(1)
+    none, selective, full = (predict(MODEL, layout, alone, 4, 4096).seconds for layout in layouts)
+    kernels = block_kernels(MODEL, layouts[0], 1, 4096, TODAY)
+    forward, products = (
+        4 * MODEL.layers * sum(k.seconds(alone, TODAY) for k in some)
+        for some in (kernels, [k for k in kernels if k.flops])
+    )
+    assert selective - none == pytest.approx(forward - products) and full - none == pytest.approx(forward)
 
 
 def test_backward_of_a_product_is_twice_its_forward():
