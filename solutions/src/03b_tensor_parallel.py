@@ -2,7 +2,9 @@
 # # Exercises of 03b: tensor parallelism
 #
 # Eight small functions, two hours or so. Together they are the tensor-parallel part of a training engine: in the last
-# cell four ranks share every matrix of a GPT, with your layers, and train it on Python's documentation.
+# cell four ranks share every matrix of a GPT, with your layers, and train it on Python's documentation. They go with
+# [chapter 03b](../chapters/03b_tensor_parallel.ipynb): tasks 1 to 3 with its sections 2 and 3, task 4 with section 5,
+# tasks 5 and 6 with section 7, task 7 with section 8, task 8 with section 9.
 #
 # **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to
 # finish, where it says `raise NotImplementedError("your turn")`. The cell below it is its check, folded away since it
@@ -120,10 +122,17 @@ def wrong_on(ranks: list[dict], whole: dict, dims: dict, case: str) -> str:
     """What is wrong on which rank. dims: along which dim of y and of gradients the ranks have shares."""
     for rank, got in enumerate(ranks):
         for name in [name for name in whole if name not in ("forward", "backward", "at the end")]:
-            wanted = part(whole[name], rank, len(ranks), dims.get(name.removeprefix("the gradient of ")))
-            if told := wrong_with(got[name], wanted, name, len(ranks)):
-                return f"{case}, rank {rank}: {told}"
+            dim = dims.get(name.removeprefix("the gradient of "))
+            if told := wrong_with(got[name], part(whole[name], rank, len(ranks), dim), name, len(ranks)):
+                term = " off by " in told and dim is None and adds_up([one[name] for one in ranks], whole[name])
+                return f"{case}, rank {rank}: {told}{' It is a term: the sum over the ranks is right.' * term}"
     return ""
+
+
+def adds_up(terms: list, wanted: Tensor) -> bool:
+    """Are these the terms of the tensor that is wanted?"""
+    fit = all(isinstance(x, Tensor) and x.shape == wanted.shape for x in terms)
+    return fit and torch.allclose(sum(terms), wanted, atol=1e-12)
 
 
 def wrong_sent(ranks: list[dict], case: str, **wanted: tuple[int, int]) -> str:
@@ -131,7 +140,7 @@ def wrong_sent(ranks: list[dict], case: str, **wanted: tuple[int, int]) -> str:
     for rank, got in enumerate(ranks):
         for when, (calls, sent) in wanted.items():
             if got[when] != (calls, sent):
-                what = f"makes {got[when][0]} calls with {got[when][1]:,} bytes"
+                what = f"it makes {got[when][0]} call{'s' * (got[when][0] != 1)} with {got[when][1]:,} bytes"
                 right = f"{calls} with {sent:,} bytes" if calls else "none"
                 return f"{case}, rank {rank}: the values are right, but {when} {what}, and should make {right}."
     return ""
@@ -363,6 +372,8 @@ with verdict():
             del inputs["bias"]
         whole = through(lambda x, *layer: (F.linear(x, *layer), x.view_as(x)), inputs, "", dy, around)
         ranks = on_each_rank(column_step, inputs, dims, dy, around, tp=n)
+        for one in (whole, *ranks):  # what came by the other way, around the layer, is right
+            one["the gradient of x"] = one["the gradient of x"] - around
         case = f"{out} outputs on {n} ranks, with{'out' * (not bias)} bias"
         wrong = wrong_on(ranks, whole, dims, case)
         assert not wrong, wrong
@@ -442,7 +453,8 @@ with verdict():
         ranks = on_each_rank(row_step, inputs, dims, dy, tp=n)
         case = f"{shape[-1]} inputs on {n} ranks, with{'out' * (not bias)} bias"
         wrong = wrong_on(ranks, whole, dims, case)
-        assert not wrong, wrong
+        often = bias and all(torch.allclose(one["y"], whole["y"] + (n - 1) * inputs["bias"]) for one in ranks)
+        assert not wrong, wrong + f" The bias is in it {n} times." * often
         wrong = wrong_sent(ranks, case, forward=reduced(dy, n), backward=NONE)
         assert not wrong, wrong
     print(f"4 ranks: {ranks[0]['forward'][1]} bytes are sent forward, nothing backward, and the bias counts once")
@@ -472,7 +484,7 @@ with verdict():
 
 # %% task="03b.4" title="Mend: heads that share their keys"
 def keys_read() -> list[int]:
-    """8 heads of queries, 4 of keys, 2 ranks: which keys do queries 0 to 3 read below?"""
+    """8 heads of queries, 4 of keys, 2 ranks: which keys do queries 0 to 3 read, before you mend it?"""
     ### BEGIN SOLUTION
     return [0, 1, 0, 1]
     ### END SOLUTION
@@ -543,12 +555,13 @@ with verdict():
 # `leave(x, axis)` sums, and autograd knows it: it is what you wrote in task 3.
 
 # %% [markdown] lang="en" hint="03b.5"
-# `first = vocabulary * axis.index // axis.size`. The ids from `first` on, fewer than `len(table)` of them, are here:
-# `here = (ids >= first) & (ids < first + len(table))`.
+# Where do this rank's rows begin? Take $\lfloor V\,r/t \rfloor$ from the text: $V$ is `vocabulary`, $r$ is
+# `axis.index`, $t$ is `axis.size`. They end `len(table)` rows later. An id is here if it lies between the two.
 
 # %% [markdown] lang="en" hint="03b.5"
-# Row 0 of this rank's table is that of id `first`, so look up `ids - first`. For the ids of others that is no row of
-# this table: take row 0 in its place, `.masked_fill(~here, 0)`, and make zeros of what it gives.
+# `first = vocabulary * axis.index // axis.size`, `here = (ids >= first) & (ids < first + len(table))`. Row 0 of this
+# rank's table is that of id `first`, so look up `ids - first`. For the ids of others that is no row of this table: take
+# row 0 in its place, `.masked_fill(~here, 0)`, and make zeros of what it gives.
 
 # %% [markdown] lang="en" hint="03b.5"
 # `here` has the shape of `ids`, and the result one dim more: multiply with `here[..., None]`. Then `leave`.
@@ -587,7 +600,8 @@ with verdict():
         ranks = on_each_rank(embedding_step, inputs, {"table": 0}, dy, vocabulary, tp=n)
         case = f"{vocabulary} ids on {n} ranks, {'only those of rank 0' if few else 'all of them'} looked up"
         wrong = wrong_on(ranks, whole, {"table": 0}, case)
-        assert not wrong, wrong
+        told = " Which rows does a rank have, and what does it add for ids that others have?"
+        assert not wrong, wrong + told * (": y is off" in wrong)
         wrong = wrong_sent(ranks, case, forward=reduced(dy, n), backward=NONE)
         assert not wrong, wrong
     print(f"2 ranks: {ranks[0]['forward'][1]} bytes for {ids.numel()} tokens of width 3, however large the table is")
@@ -662,14 +676,15 @@ with verdict():
         ranks = on_each_rank(loss_step, inputs, {"logits": -1}, dy, vocabulary, tp=n)
         case = f"{vocabulary} ids on {n} ranks, {'large' if scale > 3 else 'small'} logits"
         wrong = wrong_on(ranks, whole, {"logits": -1}, case).replace(": y is", ": the loss is")
-        assert not wrong, wrong
+        told = f" It is a sum over the {int((labels >= 0).sum())} labeled tokens of {len(labels)}."
+        assert not wrong, wrong + told * (": the loss is" in wrong)
         budget = 3 * reduced(inputs["logits"][:, 0], n)[1]
         for rank, ((calls, sent), backward) in enumerate((got["forward"], got["backward"]) for got in ranks):
             told = f"{case}, rank {rank}: the loss and its gradient are right, but"
-            over = f"{sent:,} bytes are sent forward in {calls} calls"
+            over = f"{sent:,} bytes are sent forward in {calls} call{'s' * (calls != 1)}"
             assert sent <= budget, f"{told} {over}, and three numbers a token are {budget:,}."
             assert calls <= 3, f"{told} {over}: three are enough, and two will do."
-            assert backward == NONE, f"{told} {backward[0]} calls are made backward: each rank has all that it needs."
+            assert backward == NONE, f"{told} backward sends {backward[1]:,} bytes: each rank has all that it needs."
     print(f"the budget is kept: {budget // len(labels)} bytes a token on 4 ranks, for a vocabulary of any size")
 
 # %% [markdown] lang="en"
@@ -750,7 +765,7 @@ with verdict():
         where = "on a rank's own positions only" if partial else "where a rank has gathered all positions"
         told = f"wrong_gradients {'leaves out' if partial else 'names'} {name}, which acts {where}."
         assert (name in named) == partial, told
-    assert len(named) == 3, f"wrong_gradients has {named - {*block_weights()}}, which are no parameters."
+    assert len(named) == 3, f"wrong_gradients has {named - {*block_weights()}}: that is no parameter of the block."
     for n in (4, 2):
         ranks, whole, dims = compared_block(finish_gradients, n)
         wrong = wrong_on(ranks, whole, dims, f"{n} ranks")
@@ -831,7 +846,7 @@ with verdict():
             what = "copies" if dim is None else f"shares along dim {dim}"
             ranks = on_each_rank(dropped, x, p, 5, dim, tp=n)
             wrong = wrong_on(ranks, alone, {"y": dim, "x": dim}, f"p={p}, {n} ranks with {what}")
-            assert not wrong, f"{wrong} (Compared with 1 rank, by your own function.)"
+            assert not wrong, f"{wrong} On 1 rank your function gives another y: are the same elements dropped?"
             wrong = wrong_sent(ranks, f"{n} ranks with {what}", forward=NONE, backward=NONE)
             assert not wrong, wrong
     print(f"1, 2 and 4 ranks drop the same of {y.numel():,} elements, and send {ranks[0]['forward'][1]} bytes")

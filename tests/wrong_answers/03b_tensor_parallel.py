@@ -76,7 +76,7 @@ def shapes_on_a_rank():
     return {"x": (10, 6), "up.weight": (12, 6)}
 
 
-# %% task="03b.2" says="10 outputs on 4 ranks, with bias, rank 0: the gradient of x is off by"
+# %% task="03b.2" says="as a share of its largest value. It is a term: the sum over the ranks is right."
 class CopyToRanks(torch.autograd.Function):  # autograd left alone
     @staticmethod
     def forward(ctx, x, axis):
@@ -92,7 +92,7 @@ def column_linear(x, weight, bias, axis):
     return F.linear(CopyToRanks.apply(x, axis), weight, bias)
 
 
-# %% task="03b.2" says="the gradient of x is off by"
+# %% task="03b.2" says="the gradient of x is 0.25 times what it should be: divided by the ranks?"
 class CopyToRanks(torch.autograd.Function):  # the mean
     @staticmethod
     def forward(ctx, x, axis):
@@ -131,7 +131,7 @@ def column_linear(x, weight, bias, axis):
     return F.linear(enter(x, axis), weight, bias)
 
 
-# %% task="03b.2" says="the values are right, but forward makes 1 calls with"
+# %% task="03b.2" says="the values are right, but forward it makes 1 call with"
 class CopyToRanks(torch.autograd.Function):  # makes sure that x is the same everywhere
     @staticmethod
     def forward(ctx, x, axis):
@@ -180,7 +180,7 @@ def column_linear(x, weight, bias, axis):  # a hook on x itself: what goes aroun
     return F.linear(x, weight, bias)
 
 
-# %% task="03b.2" says="backward makes 2 calls with"
+# %% task="03b.2" says="backward it makes 2 calls with"
 class CopyToRanks(torch.autograd.Function):  # twice, and half of it
     @staticmethod
     def forward(ctx, x, axis):
@@ -217,7 +217,7 @@ def column_linear(x, weight, bias, axis):
     F.linear(CopyToRanks.apply(x, axis), weight, bias)
 
 
-# %% task="03b.2" says="8 outputs on 2 ranks, without bias, rank 0: the gradient of x is off by"
+# %% task="03b.2" says="8 outputs on 2 ranks, without bias, rank 0: the gradient of x is 2 times what it should be: counted by each rank?"
 class CopyToRanks(torch.autograd.Function):  # for four ranks
     @staticmethod
     def forward(ctx, x, axis):
@@ -233,7 +233,7 @@ def column_linear(x, weight, bias, axis):
     return F.linear(CopyToRanks.apply(x, axis), weight, bias)
 
 
-# %% task="03b.3" says="y is off by"
+# %% task="03b.3" says="The bias is in it 4 times."
 class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
@@ -312,7 +312,7 @@ def row_linear(x, weight, bias, axis):  # no sum
     return F.linear(x, weight, bias)
 
 
-# %% task="03b.3" says="the values are right, but forward makes 1 calls with 720 bytes, and should make 1 with 360 bytes"
+# %% task="03b.3" says="the values are right, but forward it makes 1 call with 720 bytes, and should make 1 with 360 bytes"
 class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):  # all terms to all ranks
@@ -367,7 +367,7 @@ def attention_of_my_heads(x, q, k, v, head_dim, axis):  # the bytes mended, not 
     return y.transpose(1, 2).flatten(-2)
 
 
-# %% task="03b.4" says="the values are right, but backward makes 3 calls with 3,600 bytes, and should make 1 with 1,200 bytes. How often does x enter?"
+# %% task="03b.4" says="the values are right, but backward it makes 3 calls with 3,600 bytes, and should make 1 with 1,200 bytes. How often does x enter?"
 def keys_read():
     return [0, 1, 0, 1]
 
@@ -447,7 +447,7 @@ def vocabulary_embedding(ids, table, vocabulary, axis):  # the last row of each 
     return leave(found * here[..., None], axis)
 
 
-# %% task="03b.5" says="the values are right, but forward makes 1 calls with"
+# %% task="03b.5" says="the values are right, but forward it makes 1 call with"
 def vocabulary_embedding(ids, table, vocabulary, axis):  # the whole table on every rank
     from minipar.collectives import gather
 
@@ -488,7 +488,7 @@ def vocabulary_embedding(ids, table, vocabulary, axis):  # enters, where nothing
     return leave(enter(found * here[..., None], axis) / axis.size, axis) * axis.size
 
 
-# %% task="03b.6" says="forward in 1 calls, and three numbers a token are"
+# %% task="03b.6" says="forward in 1 call, and three numbers a token are"
 def vocabulary_loss(logits, targets, vocabulary, axis):  # whole logits
     from minipar.collectives import gather
 
@@ -605,7 +605,7 @@ def wrong_gradients():
     return {"norm.weight", "norm.bias", "up.bias", "down.bias"}
 
 
-# %% task="03b.7" says="wrong_gradients has {'x'}, which are no parameters"
+# %% task="03b.7" says="wrong_gradients has {'x'}: that is no parameter"
 def wrong_gradients():
     return {"norm.weight", "norm.bias", "down.bias", "x"}
 
@@ -643,7 +643,7 @@ def finish_gradients(p, axis):  # all that is no matrix, the share of a bias, to
             one.grad = all_reduce(one.grad, axis)
 
 
-# %% task="03b.7" says="the values are right, but at the end makes 3 calls with"
+# %% task="03b.7" says="the values are right, but at the end it makes 3 calls with"
 def wrong_gradients():
     return {"norm.weight", "norm.bias", "down.bias"}
 
@@ -700,7 +700,7 @@ def dropout_by_place(x, p, seed, shape, dim, axis):
     return x * (kept if dim is None else shard(kept, axis, dim)) / (1 - p)
 
 
-# %% task="03b.8" says="the values are right, but forward makes 1 calls with"
+# %% task="03b.8" says="the values are right, but forward it makes 1 call with"
 def dropout_by_place(x, p, seed, shape, dim, axis):  # gathers all of it, drops, and cuts again
     from minipar.collectives import gather, split
 
