@@ -506,6 +506,9 @@ assert fits[8192] == ["+ selective", "full"] and round(saved["175B"], 2) == 0.70
 # - **selective** next. In our block it keeps about two thirds, and repeats no matrix product.
 # - **full** when nothing else helps: for a step of 4 forwards in place of 3, or a little less.
 #
+# **Exercise:** [tasks 03h.1 and 03h.2](../exercises/03h_memory_and_recovery.ipynb): what is kept, and a block that is
+# computed again, with dropout.
+#
 # ## 3. Sixteen bits, and what is lost in them
 #
 # A number of 16 bits takes half the memory, half the time to send, and on a GPU's matrix units far less than half the
@@ -867,6 +870,9 @@ assert by_itself[0] == (True, True, False, True) and together == [(False,) * 4, 
 viz.show_source(Parallel._check_overflow, LossScale.update)
 
 # %% [markdown] lang="en"
+# **Exercise:** [task 03h.3](../exercises/03h_memory_and_recovery.ipynb): a scale that finds its place, the same on
+# every rank.
+#
 # ## 4. Clipping by a norm that nobody knows
 #
 # One bad batch can give a gradient so large that the step ruins the weights. So most runs **clip**: if the norm of the
@@ -1452,6 +1458,9 @@ for some, mesh, zero in (eight, Mesh(dp=4, tp=2), 3), (single, Mesh(), 0), (eigh
 # `minipar.save_weights(file, model)` writes one plain file for the rest of the world: weights only, whole, under the
 # names of the unsharded model.
 #
+# **Exercise:** [task 03h.4](../exercises/03h_memory_and_recovery.ipynb): what each rank reads, when their number
+# changes.
+#
 # ## 9. Killed while saving
 #
 # A process may be killed at any moment, in the middle of a save too. So what is on disk must be good at every moment.
@@ -1548,6 +1557,8 @@ assert minipar.latest(home / "cut").name == "step-000001" and (home / "cut" / ".
 # %% [markdown] lang="en"
 # Step 1 is whole. The hidden folder of step 2 is no checkpoint, and the next save clears it away. (The package's tests
 # kill savers at random moments, and load after each kill.)
+#
+# **Exercise:** [task 03h.5](../exercises/03h_memory_and_recovery.ipynb): a save that may be killed at any moment.
 #
 # ## 10. `kill -9`, and on
 #
