@@ -2,10 +2,14 @@
 # # Exercises of 03h: memory and recovery
 #
 # Five small functions, an hour or so: a block that is computed twice so that little is kept, the scale of a loss in 16
-# bits, a run that is too expensive to lose, and its checkpoint on another number of ranks.
+# bits, a run that is too expensive to lose, and its checkpoint on another number of ranks. They go with
+# [chapter 03h](../chapters/03h_memory_and_recovery.ipynb): tasks 1 and 2 with its section 2, task 3 with section 3,
+# task 4 with sections 7 and 8, task 5 with section 9.
 #
-# **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to finish;
-# the folded cell below it is its check. In a terminal, in the folder of the course:
+# **How it works.** Run the cells from the top with Shift+Enter. Each task is a cell with a function for you to finish,
+# where it says `raise NotImplementedError("your turn")`. The folded cell below it is its check: run it after yours. For
+# a right answer it prints the line that stands there already, for a wrong one it says what is wrong. Checks do not use
+# your earlier answers. Or let a terminal check, in the folder of the course, after you have saved:
 #
 #     python -m minipar grade exercises/03h_memory_and_recovery.ipynb
 #     python -m minipar hint 03h.1
@@ -20,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipar import Axis, World
+from minipar import Axis, World, ledger
 from minipar.collectives import all_reduce
 from minipar.course.checks import names_in, returned, verdict
 from minipar.course.given import along, fresh_model, tokens
@@ -30,13 +34,13 @@ world = World(4)
 # %% [markdown] lang="en"
 # ## 03h.1 · Trace: what is kept
 #
-# A model of 6 blocks. What goes into a block, and comes out of it, has 2 MB. What a block keeps *inside* for its
+# A model of 6 blocks, one after the other. What goes into a block has 2 MB. What a block keeps *inside* for its
 # backward has 34 MB, its input not counted. With full recompute forward keeps nothing but the input of each block; when
 # backward comes to a block, the block runs forward once more, keeps its inside, and lets go of it when its backward is
 # through.
 #
 # Work out, on paper: the most that is kept at any moment without recompute, the most with it, and how many times a
-# block's forward runs in a step with recompute. (The gradients that travel are not counted.)
+# block's forward runs in a step with recompute. (What the last block gives is not counted, nor are gradients.)
 
 # %% [markdown] lang="en" hint="03h.1"
 # Without: at the end of forward each of the 6 blocks keeps its input and its inside.
@@ -68,16 +72,20 @@ with verdict():
             peak = max(peak, held + (34 if again else 0))
             held -= 2 + (0 if again else 34)
         most[again] = peak
-    without, with_it, times = returned(kept(), "kept")
+    answer = returned(kept(), "kept")
+    assert isinstance(answer, tuple | list) and len(answer) == 3, f"kept gives {answer!r}: three numbers are asked for."
+    without, with_it, times = answer
     what = f"Without recompute you say {without} MB"
     assert without != 6 * 34, f"{what}: each block keeps its input, too."
+    assert without != most[False] + 2, f"{what}: what the last block gives is nobody's input, and not counted."
     assert without == most[False], f"{what}: add up what six blocks keep."
     what = f"With recompute you say {with_it} MB"
     assert with_it != 12, f"{what}: those are the inputs. What is there while backward is in a block?"
     assert with_it != 36, f"{what}: that is one block. The other five have their inputs there."
+    assert with_it != most[True] + 2, f"{what}: is one input counted twice, or what the last block gives?"
     assert with_it == most[True], f"{what}: add up the inputs, and the inside of one block."
-    assert times == 2, f"You say {times} forwards: one, and one more when backward comes to it."
-    print(f"{most[False]} MB without, {most[True]} MB with recompute, for one more forward")
+    assert times == 2, f"You say {times} forward{'s' * (times != 1)}: one, and one more when backward comes to it."
+    print(f"with recompute, at most {most[True] / most[False]:.0%} of what is kept without")
 
 # %% [markdown] lang="en"
 # ## 03h.2 · Complete: compute it again
@@ -85,19 +93,19 @@ with verdict():
 # Now for real. `forward` runs the block without keeping anything; `backward` runs it once more, this time with
 # autograd, and goes back through it. There is a trap. With dropout the second forward draws new random numbers, so it
 # is another function than the first one, and its gradients belong to a loss that nobody has seen. So put torch's
-# generator back to where it was.
+# generator back to where it was at the first forward, and, when you are through, to where you found it.
 #
 # **Target:** the gradients of the block alone, with dropout, too, and nothing kept but the input; the random numbers
 # after the block are those that would have come anyway.
 
 # %% [markdown] lang="en" hint="03h.2"
-# `with torch.no_grad(): y = block(x)` keeps nothing. In backward, `x.detach().requires_grad_()` is a new beginning, and
-# `with torch.enable_grad():` lets autograd watch. Then `y.backward(gradient)`: the block's parameters get their
-# gradients by this, too, and the new x has that of the input.
+# Without dropout first. Inside `backward` autograd does not watch; `with torch.enable_grad():` lets it. Begin from
+# `x.detach().requires_grad_()`, run `ctx.block` on it, and call `y.backward(gradient)`. This gives the block's
+# parameters their gradients, and the new x that of the input.
 
 # %% [markdown] lang="en" hint="03h.2"
-# `state = torch.get_rng_state()` before the first forward, kept in `ctx`. In backward: note where the generator is now,
-# `torch.set_rng_state(ctx.state)`, forward, and then back to where it was.
+# `forward` has noted in `ctx.state` where torch's generator was. In backward: note where it is now, with
+# `torch.get_rng_state()`, then `torch.set_rng_state(ctx.state)`, the block's forward, and back to where it was.
 
 
 # %% task="03h.2" title="Complete: compute it again"
@@ -160,7 +168,7 @@ with verdict():
         assert kept_numbers < 0.2 * usual, (
             f"Right, but {kept_numbers:,} numbers are kept, of {usual:,} without recompute."
         )
-    print(f"{kept_numbers:,} numbers kept in place of {usual:,}, the same gradients with dropout")
+    print(f"less than a fifth of {usual:,} numbers kept, the same gradients with dropout")
 
 # %% [markdown] lang="en"
 # ## 03h.3 · Write: a scale that finds its place
@@ -170,10 +178,14 @@ with verdict():
 # doubled. With several ranks there is one more thing: an overflow on **one** rank must be known to all. Else one of
 # them skips the step, the others take it, and they are never again the same model.
 #
+# `all_reduce(x, axis)` adds the tensors `x` of all ranks of the axis, `all_reduce(x, axis, "max")` gives the largest
+# numbers. Every rank has to call it, and gets the same tensor.
+#
 # **Target:** the same answer on every rank, one all-reduce of a single number for each step.
 
 # %% [markdown] lang="en" hint="03h.3"
-# `all_reduce(x, axis, "max")` is 1 on every rank if it is 1 on any.
+# `torch.tensor(float(overflow))` is 1 where there is an overflow, else 0. The largest of them is 1 on every rank if it
+# is 1 on any. Ask before you decide: a rank that returns early does not take part.
 
 # %% [markdown] lang="en" hint="03h.3"
 # Three cases: an overflow somewhere (half the scale, 0 good steps), the `patience`-th good step (twice the scale, 0
@@ -197,35 +209,43 @@ def next_scale(overflow: bool, scale: float, good: int, patience: int, axis: Axi
 # %% check="03h.3" seconds=20
 # Check of 03h.3: run this after your answer
 # NBVAL_CHECK_OUTPUT
-def scales(axis, function, where: dict, patience: int, steps: int) -> tuple[list, int]:
-    """What a run of steps gives; `where`: step -> the ranks that overflow in it."""
+def scales(axis, function, where: dict, patience: int, steps: int) -> tuple[list, int, int]:
+    """What a run of steps gives, its calls and bytes; `where`: step -> the ranks that overflow in it."""
     scale, good, seen = 1024.0, 0, []
-    for step in range(steps):
-        taken, scale, good = function(axis.index in where.get(step, ()), scale, good, patience, axis)
-        seen.append((bool(taken), float(scale), int(good)))
-    return seen
+    with ledger() as book:
+        for step in range(steps):
+            bad = axis.index in where.get(step, ())
+            taken, scale, good = returned(function(bad, scale, good, patience, axis), "next_scale")
+            seen.append((bool(taken), float(scale), int(good)))
+    return seen, book.calls("dp"), book.bytes("dp")
 
 
 def right_scales(where: dict, patience: int, steps: int) -> list:
     scale, good, seen = 1024.0, 0, []
     for step in range(steps):
-        bad = step in where
-        good = 0 if bad else good + 1
-        scale = scale / 2 if bad else scale
+        good = 0 if step in where else good + 1
+        scale = scale / 2 if step in where else scale
         if good == patience:
             scale, good = scale * 2, 0
-        seen.append((not bad, scale, good))
+        seen.append((step not in where, scale, good))
     return seen
 
 
 with verdict():
+    made = []
     for where, patience, n in [({}, 3, 4), ({0: [2], 4: [0, 1], 5: [3]}, 2, 4), ({2: [1]}, 4, 2), ({1: [0]}, 1, 2)]:
         wanted = right_scales(where, patience, 8)
-        for rank, got in enumerate(along(world, "dp", scales, next_scale, where, patience, 8, size=n)[:: 4 // n]):
+        ranks = along(world, "dp", scales, next_scale, where, patience, 8, size=n)[:: 4 // n]
+        for rank, (got, calls, sent) in enumerate(ranks):
             for step, (mine, right) in enumerate(zip(got, wanted, strict=True)):
                 who = f", overflow on ranks {where[step]}" if step in where else ""
                 told = f"{n} ranks, patience {patience}, step {step}{who}: rank {rank} gives {mine}, and it is {right}."
                 assert mine == right, f"{told} (Taken, scale, good steps in a row.)"
+            made.append((n, rank, calls, sent))
+    for n, rank, calls, sent in made:
+        told = f"{n} ranks, rank {rank}: the answers are right, with {calls} calls and {sent:,} bytes in 8 steps."
+        assert calls == 8, f"{told} One all-reduce a step is enough."
+        assert sent <= 8 * 2 * 8 * (n - 1) / n, f"{told} One number a step is enough."
     print("four runs of eight steps, the same scale on every rank")
 
 # %% [markdown] lang="en"
@@ -233,7 +253,8 @@ with verdict():
 #
 # A tensor with `length` numbers was saved by `saved` ranks, a file for each: file $i$ has the numbers from
 # $\lfloor \text{length}\cdot i/\text{saved} \rfloor$ up to where file $i+1$ begins. Now the run goes on with `ranks`
-# ranks, cut in the same way. Say what one rank has to read: from which files, and which numbers in each.
+# ranks, cut in the same way. Say what one rank has to read: from which files, and which numbers in each. The first
+# number of each file is its number 0.
 #
 # **Target:** nothing that it does not need, each piece once, in order. Empty pieces are left out.
 
@@ -275,12 +296,12 @@ with verdict():
             read = []
             for file, a, b in got:
                 assert 0 <= file < saved, f"{case}: there is no file {file}."
-                assert 0 <= a < b <= len(files[file]), (
-                    f"{case}: file {file} has no numbers {a} to {b}, or none are asked for."
-                )
+                assert a < b, f"{case}: you read file {file} from {a} to {b}, which is nothing: leave it out."
+                has = f"file {file} has no numbers {a} to {b - 1}: it has {len(files[file])}, from its own number 0 on"
+                assert 0 <= a < b <= len(files[file]), f"{case}: {has}."
                 read += files[file][a:b]
             told = f"{case}: you read the numbers {read}, and its share is {wanted}."
-            assert read == wanted, f"{told} Positions in a file count from the file's own beginning."
+            assert read == wanted, f"{told} Where does each file begin, and which of its numbers are wanted?"
             count = len(got)
             assert count == len({file for file, *_ in got}), (
                 f"{case}: right, but in {count} pieces: one a file is enough."
@@ -296,10 +317,11 @@ with verdict():
 #
 # `os.replace(a, b)` gives a file or an empty target folder another name, all at once: whoever looks sees it before or
 # after. A folder that is there already is not replaced. So give each step's folder a name of its own, `step-7`, and
-# write under another name first. `load` is given: it takes the folder `step-N` with the largest N.
+# write under another name first. `load` is given: of all folders whose names begin with `step-` it takes the one with
+# the largest number behind that.
 #
 # **Target:** killed after any of its operations, `load` finds the old checkpoint or the new one, whole. At the end
-# nothing else is left: the new folder alone.
+# nothing else is left, not even of an earlier save that was killed: the new folder alone.
 
 # %% [markdown] lang="en" hint="03h.5"
 # Three things, in this order: write all parts under a name that `load` does not look at, give it its name, take the old
@@ -341,7 +363,10 @@ class Killed(BaseException):
 
 def load(folder: Path) -> tuple[int, dict[str, str]]:
     """The step and the parts of the newest checkpoint. -1 and nothing where there is none."""
-    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    found = list(folder.glob("step-*"))
+    for path in found:
+        assert path.name[5:].isdecimal(), f"load takes {path.name!r} for a checkpoint: its name begins with step-."
+    steps = {int(path.name.removeprefix("step-")): path for path in found}
     if not steps:
         return -1, {}
     newest = max(steps)
@@ -366,22 +391,21 @@ def saved_until(function, folder: Path, step: int, parts: dict[str, str], most: 
         path.write_text(text)
 
     try:
-        function(folder, step, dict(parts), *map(allowed, (write, os.replace, remove_folder)))
+        operations = write, os.replace, lambda path: shutil.rmtree(path, ignore_errors=True)
+        function(folder, step, dict(parts), *map(allowed, operations))
     except Killed:
         return False
     return True
-
-
-def remove_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
 
 
 # %% check="03h.5" seconds=20
 # Check of 03h.5: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
-    used = names_in(save) & {"shutil", "rmtree", "unlink", "write_text", "mkdir", "replace"}
-    assert not used, f"save uses {sorted(used)[0]}: use write, rename and remove, which can be killed."
+    others = {"shutil", "rmtree", "unlink", "rmdir", "write_text", "mkdir", "replace", "rename", "remove"}
+    used = names_in(save) & others
+    told = "use the write, rename and remove that it is given: they can be killed."
+    assert not used, f"save uses {sorted(used)[0]!r} of a path or a module: {told}"
     old, new = ({f"rank-{i}": f"{what} {i}" for i in range(3)} for what in ("old", "new"))
     for start in (-1, 5):
         most, done = 0, False
@@ -408,4 +432,4 @@ with verdict():
                 assert left == ["step-12"], f"Killed before operation {most + 1}, and saved again: {left} are left."
             most += 1
             assert most < 50, "save does not come to an end within 50 operations."
-    print(f"killed at {most - 1} moments: each time the old checkpoint or the new one was there, whole")
+    print("killed after each of its operations: the old checkpoint or the new one was there, whole")
