@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .collectives import Axis, Pending, bounds, start_all_reduce
+from .deferral import weakly
 
 BUCKET = 4 * 2**20  # bytes: small enough to start early, large enough that latency does not count
 
@@ -45,7 +46,7 @@ class Gradients:
                 self.buckets.append(self.flat[start:end])
                 start = end
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._ready)
+            parameter.register_post_accumulate_grad_hook(weakly(self._ready))
         self.attach()
 
     def attach(self) -> None:

@@ -1,4 +1,4 @@
-"""Weight gradients of matrix products, put off until there is time for them.
+"""Weight gradients of matrix products, put off until there is time for them; and hooks that do not hold their object.
 
 The backward of y = x wᵀ is two products. The ranks beside this one wait for the gradient of x. Nobody waits for that of
 w before the end of the step, so it can fill time that would be idle: while another tensor travels, or in a pipeline's
@@ -8,6 +8,7 @@ bubble (Qi et al. 2023, Zero Bubble Pipeline Parallelism).
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,18 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 PutOff = Callable[[Tensor, Tensor], None]
+
+
+def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A hook for a tensor that does not keep the method's object. Python's collector does not look at the hooks of a
+    tensor: an object that holds it, and is held by its hook, would stay for good, with all that it holds."""
+    weak = WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        if (call := weak()) is not None:
+            call(tensor)
+
+    return hook
 
 
 class WeightGradients:

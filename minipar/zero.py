@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .collectives import Axis, Pending, start_all_gather, start_reduce_scatter
+from .deferral import weakly
 from .schedule import Op
 
 
@@ -189,7 +190,7 @@ class Shares:
         self.missing, self.started, self.armed = [0] * len(self.units), 0, False
         for parameter in self.unit_of:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._ready)
+                parameter.register_post_accumulate_grad_hook(weakly(self._ready))
 
     def attach(self) -> None:
         for unit in self.units:

@@ -1,5 +1,6 @@
 """ZeRO: the gradients of one process from shares, and bytes and memory as the formulas say."""
 
+import gc
 from functools import cache, partial
 from itertools import product
 from unittest.mock import patch
@@ -305,3 +306,17 @@ def test_frozen_parameters_are_loaded_too(world2, zero):
         return all(x.equal(state[name]) for name, x in parallel.full_state_dict().items())
 
     assert world2.run(loaded) == [True, True]
+
+
+@pytest.mark.parametrize("mesh, zero", [(Mesh(dp=2), 0), (Mesh(dp=2), 1), (Mesh(dp=2), 3), (Mesh(tp=2), 0)])
+def test_a_model_that_nobody_holds_any_more_leaves_nothing_behind(world2, mesh, zero):
+    def left():
+        before = {id(x) for x in gc.get_objects()}
+        parallel = parallelize(model_of(CONFIG), mesh, zero=zero)
+        parallel.step(*batch_of(CONFIG, ROWS, LENGTH))
+        del parallel
+        gc.collect()
+        names = ("Parallel", "Gradients", "Shares", "Unit", "Parameter")
+        return [type(x).__name__ for x in gc.get_objects() if id(x) not in before and type(x).__name__ in names]
+
+    assert world2.run(left) == [[], []]
