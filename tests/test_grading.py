@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 from pathlib import Path
+from queue import Empty
 
 import mutants
 import nbformat
@@ -18,7 +20,7 @@ from test_notebooks import EXERCISE, ROOT
 
 from minipar.__main__ import main
 from minipar.course import build, checks, engine
-from minipar.course.grade import Verdict, grade
+from minipar.course.grade import Verdict, _File, grade
 from minipar.course.kernel import Kernel
 
 NAMES = [path.stem for path in sorted((ROOT / "solutions").glob("*.ipynb"))]
@@ -145,6 +147,17 @@ ANSWERS = {
     "def double(x):\n    print(x)\n    return 2 * x": "pass",  # what it prints besides does no harm
     "def double(x):\n    print('double 6')\n    return x + 2 if x == 2 else 0": "and should print\n  double 6",
     f"{GOOD} ": "pass",
+    "import builtins\ndef double(x): return builtins.eval('two * x')": "This answer uses eval, which belongs to",
+    "import IPython\ndef double(x): return IPython.get_ipython().ev('2 * x')": "This answer uses get_ipython",
+    "import sys\ndef double(x): return sys._getframe(1) and 2 * x": "This answer uses _getframe",
+    "class Any(int):\n    def __eq__(self, other): return True\n\ndouble = Any": "This answer uses __eq__",
+    # What holds for all that runs later is as it was before.
+    f"import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_device('meta')\n{GOOD}": "pass",
+    "import torch\ndef double(x): return x * int(torch.ones(2, requires_grad=True).sum().backward() or 2)": "pass",
+    f"import torch\ntorch.inference_mode().__enter__()\n{GOOD}": "pass",
+    "import torch\ndef double(x):\n    torch.ones(2, requires_grad=True).sum().backward()\n    return 2 * x": "pass",
+    f"import os, sys\nos.chdir('/')\nsys.stdout = open(os.devnull, 'w')\n{GOOD}": "The check prints\n  (nothing)",
+    f"{GOOD}\n": "pass",
 }
 
 
@@ -164,6 +177,22 @@ def test_an_answer_costs_its_own_task_only(small, tmp_path, monkeypatch):
     for verdict, (answer, expected) in zip(verdicts, ANSWERS.items(), strict=True):
         got = "pass" if verdict.outcome == "pass" else verdict.reason
         assert expected in got, f"{answer}\nexpected: {expected}\ngot: {got}"
+
+
+def test_a_kernel_whose_output_is_lost_is_told_of_and_replaced(small, tmp_path, monkeypatch):
+    """As that of an answer that prints without end: messages are dropped, the last one too."""
+    messages, whole = count(), _File.get_kernel_message
+
+    def lost(file, **options):
+        if next(messages) == 0:
+            raise Empty
+        return whole(file, **options)
+
+    monkeypatch.setattr("test_grading.ROOT", small)
+    monkeypatch.setattr(_File, "get_kernel_message", lost)
+    first, second = grade(course_of(tmp_path, "90_small", [("90.1", GOOD), ("90.1", f"{GOOD} ")]))
+    assert first.outcome == "fail" and "This prints more than can be read" in first.reason
+    assert second.outcome == "pass"
 
 
 def learner(small: Path, folder: Path, edit, minor: int = 5) -> list[Verdict]:

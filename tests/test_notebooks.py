@@ -366,6 +366,18 @@ def test_described_images_and_expected_errors_are_fine():
     assert build.problems(nbformat.v4.new_notebook(cells=shown)) == []
 
 
+@pytest.mark.parametrize(("tags", "fine"), [(["raises-exception"], False), (["raises-exception", "solution"], True)])
+def test_what_fails_in_a_solution_is_refused_though_it_may_in_the_blank_exercise(tmp_path, tags, fine):
+    root = course(tmp_path)
+    failing = f"\n\n# %% tags={tags}\n1 / 0\n".replace("'", '"')
+    (root / "solutions/src/90_small.py").write_text(EXERCISE + failing, encoding="utf-8")
+    if fine:
+        assert build.build(root, "solutions")
+    else:
+        with pytest.raises(build.BuildError, match="raises ZeroDivisionError"):
+            build.build(root, "solutions")
+
+
 def test_a_check_that_prints_nothing_is_refused(tmp_path):
     root = course(tmp_path)
     (root / "chapters/src/90_small.py").unlink()

@@ -12,6 +12,7 @@ A source is a Python file in jupytext's percent format. What a cell is for stand
     # %% task="03a.1" title="Which rows are mine?"      an answer; between the markers stands the solution
     # %% check="03a.1" seconds=10                       its verdict: asserts, then one printed line
     # %% tags=["solution"]                              stays in the solution only
+    # %% tags=["raises-exception"]                      may fail in a chapter; in an exercise, while answers are blank
 
 In an answer, the lines between `### BEGIN SOLUTION` and `### END SOLUTION` become
 `raise NotImplementedError("your turn")`; where `### INSTEAD` divides them, the comment below it, without its
@@ -177,7 +178,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 def problems(notebook: NotebookNode) -> list[str]:
     """What readers should not meet in a finished notebook, a line each."""
-    found = []
+    found, tasks = [], any("task" in cell.metadata for cell in notebook.cells)
     for cell in code_cells(notebook):
         where = f"cell {cell.id} ({cell.source.splitlines()[0][:50] if cell.source else 'empty'})"
         lines = len(cell.source.splitlines())
@@ -187,18 +188,20 @@ def problems(notebook: NotebookNode) -> list[str]:
         printed = [out for out in cell.outputs if out.get("name") == "stdout"]
         if "check" in cell.metadata and ("# NBVAL_CHECK_OUTPUT" not in cell.source or len(printed) != 1):
             found.append(f"{where}: a check cell has the comment # NBVAL_CHECK_OUTPUT and prints once")
+        # With all answers there nothing fails, but for a cell that the solution has for itself.
+        may_fail = "raises-exception" in _tags(cell) and (not tasks or "solution" in _tags(cell))
         for output in cell.outputs:
-            found += [f"{where}: {problem}" for problem in _output_problems(output, _tags(cell))]
+            found += [f"{where}: {problem}" for problem in _output_problems(output, may_fail)]
     size = len(to_text(notebook).encode())
     if size > LARGEST_NOTEBOOK:
         found.append(f"the notebook has {size:,} bytes, {LARGEST_NOTEBOOK:,} are allowed")
     return found
 
 
-def _output_problems(output: NotebookNode, tags: list[str]) -> list[str]:
+def _output_problems(output: NotebookNode, may_fail: bool) -> list[str]:
     found = []
     text = str(output)
-    if output.output_type == "error" and "raises-exception" not in tags:
+    if output.output_type == "error" and not may_fail:
         found.append(f"raises {output.ename}: {output.evalue}")
     if output.get("name") == "stderr":
         found.append(f"writes to stderr: {output.text[:200]!r}")

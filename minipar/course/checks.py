@@ -1,11 +1,12 @@
 """For the check cells of exercises: what is wrong with these tensors, and how a learner is told."""
 
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from types import FunctionType
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -49,12 +50,14 @@ def verdict() -> Iterator[None]:
         raise Refused(_told(error)) from None
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The error, and the lines that led to it, without those of libraries, nor those of the check (the first two: this
     file and the cell)."""
     frames = [f for f in traceback.extract_tb(error.__traceback__)[2:] if not f.filename.startswith(LIBRARIES)]
     lines = [f"  line {frame.lineno} of {frame.name}: {frame.line}" for frame in frames if frame.line]
-    return "\n".join([f"{type(error).__name__}: {error}", *lines])
+    times = [(line, len([*same])) for line, same in groupby(lines)]  # of a function that calls itself
+    told = [f"{line} ({n} times)" if n > 1 else line for line, n in times]
+    return "\n".join([f"{type(error).__name__}: {error}", *told])
 
 
 def returned(answer: Any, name: str) -> Any:
@@ -64,26 +67,58 @@ def returned(answer: Any, name: str) -> Any:
 
 
 def names_in(answer: Any) -> set[str]:
-    """The names of variables, attributes and modules that a function uses: in functions within it, in its defaults, and
-    in those functions of its notebook that it calls, too."""
-    found, seen, left = set[str](), set[int](), [answer]
+    """The names of variables, attributes and modules that an answer uses. Functions and classes of the package count
+    under their own names, whatever it calls them, and those of its notebook with all that they use in their turn;
+    wherever it has them: in defaults, closures, partials, wrappers, classes, lists and dicts."""
+    found, seen, left = set[str](), dict[int, Any](), [answer]
     while left:
         part = left.pop()
         if id(part) in seen:
             continue
-        seen.add(id(part))
-        if isinstance(part, FunctionType):
-            used, space = {name for code in nested(part.__code__) for name in code.co_names}, part.__globals__
-            found |= used
-            called = [space.get(name) for name in used]
-            left += [f for f in called if isinstance(f, FunctionType) and f.__globals__ is space]
-            left += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
-            left += [cell.cell_contents for cell in part.__closure__ or ()]
-            if part.__module__.startswith("minipar."):
-                found.add(part.__name__)
-        elif isinstance(part, partial):
-            left += [part.func, *part.args, *part.keywords.values()]
+        seen[id(part)] = part  # kept, so that nothing else gets its id
+        home = str(getattr(part, "__module__", "")).split(".")[0]
+        if isinstance(part, FunctionType | type) and home == "minipar":
+            found.add(part.__name__)
+            if vars(sys.modules["__main__"]).get(part.__name__) is not part:  # else a check sees what it is
+                found.add(part.__module__)
+        elif isinstance(part, FunctionType) and part.__globals__.get("__name__") == "__main__":
+            found |= _names(part)
+            left += _values(part)
+        elif isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, list | tuple | set | frozenset):
+            left += part
+        elif isinstance(part, type):
+            left += [*vars(part).values(), *part.__bases__] if home == "__main__" else []
+        elif type(part).__module__ in ("builtins", "functools") and not isinstance(part, ModuleType):
+            left += [getattr(part, name, None) for name in WRAPPED]
+        elif type(part).__module__ == "__main__":
+            left += [type(part), getattr(part, "__dict__", None)]
     return found
+
+
+WRAPPED = ("func", "args", "keywords", "__wrapped__", "__func__", "__self__", "fget")
+# By these a function gets with a string at what it does not name.
+BY_STRING = {"getattr", "attrgetter", "methodcaller", "import_module", "__import__", "modules", "__dict__"}
+
+
+def _names(function: FunctionType) -> set[str]:
+    codes = [*nested(function.__code__)]
+    names = {name for code in codes for name in code.co_names}
+    if names & BY_STRING:
+        strings = [constant for code in codes for constant in code.co_consts if isinstance(constant, str)]
+        names |= {part for string in strings for part in (string, *string.split("."))}
+    return names
+
+
+def _values(function: FunctionType) -> Iterator[Any]:
+    """What is there under its names, and what it was given when it was made."""
+    space = function.__globals__
+    yield from (space[name] for name in _names(function) if name in space)
+    yield from (function.__defaults__, function.__kwdefaults__, vars(function))
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty still
+            yield cell.cell_contents
 
 
 def difference(ranks: Sequence[Tensors], whole: Tensors, what: str = "gradient") -> str:

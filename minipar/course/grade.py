@@ -226,6 +226,8 @@ class _Cell(IPyNbCell):
             kernel.spoiled = True
             return "fail", "This answer ended the kernel: does it call os._exit(), or run out of memory?"
         except NbCellError as error:
+            if "waiting for output" in str(error):  # of a flood that the kernel's end was lost in
+                return "fail", "This prints more than can be read: is there a print in a loop?"
             if self.parent.timed_out:
                 return "fail", f"This ran for more than {seconds:g} s: is there a loop that does not end?"
             return self._explain(error)
@@ -263,6 +265,8 @@ class _Cell(IPyNbCell):
             return "fail", MEMORY
         if name in ("Refused", "AssertionError") and message:
             return "fail", message
+        if name == "SystemExit":
+            return "fail", "This answer raises SystemExit, which ends a program: take that out."
         trace = ANSI.sub("", "\n".join(raised.traceback)).splitlines()
         at = [line for line in trace if line.startswith("--") and "-> " in line][-1:]
         return "fail", "\n".join([f"{name}: {message}", *at])

@@ -101,7 +101,8 @@ class Kernel(RunningKernel):
         super().interrupt()
 
     def stop(self) -> None:
-        if hasattr(self, "km"):  # nbval stops a kernel that cannot be interrupted by itself
+        self.spoiled = True
+        if hasattr(self, "km"):  # nbval stops by itself a kernel that cannot be interrupted, or whose output is lost
             if self.kc is not None:
                 self.kc.stop_channels()
             self.km.shutdown_kernel(now=True)

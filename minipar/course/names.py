@@ -3,7 +3,10 @@
 import ast
 import dis
 import linecache
+import os
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -17,9 +20,12 @@ PACKAGES = ("minipar", "torch.nn.modules", "torch.nn.utils")
 CHECKS = "minipar.course"
 # What reaches any name without naming it.
 FUNCTIONS = {"eval", "exec", "get_ipython", "globals", "locals", "vars"}
+OWNERS = {"builtins", "__builtins__", "IPython"}  # of these functions
 ATTRIBUTES = {"course", "__main__", "__code__", "__globals__", "f_globals", "f_locals", "user_ns", "_kept", "_reading"}
+ATTRIBUTES |= {"inspect", "_getframe", "tb_frame", "get_objects", "get_referrers", "__eq__"}
 
 _kept: dict[str, Any] = {}
+_usual: list[Any] = []  # what else holds for whoever comes next
 _answer: list[str] = []  # the file that the cell to be graded is to Python
 _whole: dict[str, tuple[Any, Parts]] = {}  # a module, class or object by name, and what it is made of
 
@@ -67,8 +73,10 @@ def fold() -> bool:
 
 
 def restore(names: dict[str, Any]) -> None:
-    """All names as they were kept, and all libraries. RuntimeError where that is not enough: a World was closed."""
-    _everywhere(_mend)
+    """All names as they were kept, and all libraries. RuntimeError where that is not enough: a World was closed, or an
+    answer has left behind what changes how everything after it runs."""
+    if not all(_everywhere(_as_usual)):
+        raise RuntimeError("not everything is as it was")
     for name in [name for name in names if name not in _kept]:
         del names[name]
     _back(names)
@@ -87,7 +95,8 @@ def protect(names: dict[str, Any], reference: str, answer: str, given: Collectio
     hidden = {*given} - _mentions(reference)[0] | FUNCTIONS
     variables, others = _mentions(answer)
     late = _mentions(answer, inside=True)[0] & (defined(check) - _mentions(reference)[0])
-    forbidden = others & ATTRIBUTES | {name for name in others if name.startswith(CHECKS)}
+    forbidden = others & (ATTRIBUTES | FUNCTIONS if others & OWNERS else ATTRIBUTES)
+    forbidden |= {name for name in others if name.startswith(CHECKS)}
     for name in sorted(variables & hidden | late | forbidden):
         if name == "get_ipython" and name not in answer:
             raise PermissionError("This answer has a line of % or !, which cannot be graded: take it out.")
@@ -178,8 +187,31 @@ def _noted(owners: dict[str, Any]) -> dict[str, tuple[Any, Parts]]:
     return {name: (owner, _parts(owner)) for name, owner in owners.items() if hasattr(owner, "__dict__")}
 
 
+def _state() -> list[Any]:
+    """What is neither a name nor a part of a library, and holds for all that runs later."""
+    found: list[Any] = [sys.stdout, sys.stderr, sys.getrecursionlimit(), os.getcwd(), sys.gettrace()]
+    found += [any(action == "error" for action, *_ in warnings.filters)]
+    found += [thread for thread in threading.enumerate() if _of_notebook(thread)]
+    if torch := sys.modules.get("torch"):
+        found += [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")]
+        found += [torch.get_default_device(), len(torch.overrides._get_current_function_mode_stack())]
+    return found
+
+
+def _of_notebook(thread: threading.Thread) -> bool:
+    work = getattr(thread, "_target", None) or getattr(thread, "function", None)
+    return "__main__" in (getattr(work, "__module__", ""), type(thread).__module__)
+
+
+def _as_usual() -> bool:
+    """Libraries whole again, and all else as when the names were kept."""
+    _mend()
+    return not _usual or _usual == _state()
+
+
 def _record() -> None:
-    """Note what the libraries are made of, the first time."""
+    """Note what the libraries are made of, the first time, and the rest each time."""
+    _usual[:] = _state()
     if not _whole:
         modules = {name: m for name, m in sys.modules.items() if name in LIBRARIES or name.startswith(PACKAGES)}
         for name, module in modules.items():
