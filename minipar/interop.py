@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .pipeline import Blocks
+from .pipeline import Blocks, outermost_lists
 from .tensor import IGNORED, pattern
 
 # -- plans ---------------------------------------------------------------------------------------------------
@@ -33,6 +33,11 @@ BERT = {
 DISTILBERT = {
     "colwise": "attention.q_lin attention.k_lin attention.v_lin ffn.lin1",
     "rowwise": "attention.out_lin ffn.lin2",
+}
+MPNET = {
+    "divided(num_attention_heads, all_head_size)": "attention.attn",
+    "colwise": "attention.attn.q attention.attn.k attention.attn.v intermediate.dense",
+    "rowwise": "attention.attn.o output.dense",
 }
 MODERNBERT = {"packed_colwise(3)": "attn.Wqkv", "packed_colwise": "mlp.Wi", "rowwise": "attn.Wo mlp.Wo"}
 GPT2 = {
@@ -86,10 +91,18 @@ KNOWN = {
     "opt": lines("decoder.layers", BART),
     "stablelm": lines("layers", STABLELM),
     "t5 mt5 umt5": lines("encoder.block", T5) | lines("decoder.block", T5),
+    "mpnet": lines("encoder.layer", MPNET) | {"encoder.relative_attention_bias.weight": "rowwise"},  # a column a head
+    "roformer": lines("encoder.layer", BERT | {"divided(num_attention_heads, all_head_size)": "attention.self"}),
     "vit deit": lines("layers", VIT),
     "whisper bart mbart blenderbot marian pegasus": (
         lines("encoder.layers", BART) | lines("decoder.layers", BART) | lines("decoder.layers", CROSS)
     ),
+}
+# Modules that are called once, in front of all blocks, and whose result all blocks read.
+EVERYWHERE = {
+    "cpmant": "position_bias",
+    "mpnet": "encoder.relative_attention_bias",
+    "roformer": "encoder.embed_positions",
 }
 PLANS = {model_type: plan for types, plan in KNOWN.items() for model_type in types.split()}
 
@@ -205,23 +218,24 @@ def save_itself(model: Any, config: Any, state: dict[str, Tensor], folder: Path)
 
 
 def blocks_of(model: Any) -> Blocks | None:
-    """The blocks of a model of transformers, which marks them: one list, or that of an encoder and that of its decoder.
-    None for anything else."""
+    """The blocks of a model of transformers, which marks most of them: one list, or that of an encoder and that of its
+    decoder. None for anything else."""
     if not guests(model):
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_outputs import BaseModelOutput
 
-    lists: dict[str, nn.ModuleList] = {}
-    for name, layer in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        marked = isinstance(layer, nn.ModuleList) and all(isinstance(x, GradientCheckpointingLayer) for x in layer)
-        if marked and len(layer) and not inside:
-            lists[name] = layer
+    lists = outermost_lists(model, GradientCheckpointingLayer) or outermost_lists(model)
     beside = _beside(model, lists)
     if len(lists) == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return Blocks(lists, beside, model.get_encoder(), lambda memory: BaseModelOutput(last_hidden_state=memory))
-    return Blocks(lists, beside) if len(lists) == 1 else None
+        return Blocks(lists, beside, (), model.get_encoder(), lambda memory: BaseModelOutput(last_hidden_state=memory))
+    return Blocks(lists, beside, _everywhere(model)) if len(lists) == 1 else None
+
+
+def _everywhere(model: nn.Module) -> tuple[str, ...]:
+    """What each stage runs, by its names in this model."""
+    known = {n: EVERYWHERE.get(part.config.model_type) for n, part in guests(model).items() if part.base_model is part}
+    return tuple(f"{name}.{module}".lstrip(".") for name, module in known.items() if module)
 
 
 BEHIND = re.compile(r"(^|_)(final|out|head|classifier|score)(_|$)")

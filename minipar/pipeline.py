@@ -37,12 +37,14 @@ class Blocks:
 
     beside: modules that are not used where they are registered, before or behind the blocks, and the place of a block
         of the stage that they belong to.
+    everywhere: modules that run on each stage: what they give goes to all blocks, and does not travel.
     encoder: the module that has the first list, where what it gives is read by all blocks of the second.
     given: what stands for its output on stages behind it.
     """
 
     lists: dict[str, nn.ModuleList]
     beside: dict[str, int] = field(default_factory=dict)
+    everywhere: tuple[str, ...] = ()
     encoder: nn.Module | None = None
     given: Callable[[Tensor], Any] = lambda memory: memory
 
@@ -87,7 +89,7 @@ class Stages:
     given: the blocks, where they are known; else they are looked for.
     blocks: stage -> its blocks by name; none where there is one stage only and nobody needs them.
     home: name of a parameter or buffer -> its stage.
-    homes: parameter -> the stages that use it, two if it is tied and its names lie apart.
+    homes: parameter -> the stages that use it: two if it is tied and its names lie apart, all if each stage runs it.
     """
 
     def __init__(
@@ -104,9 +106,13 @@ class Stages:
         self.homes: dict[nn.Parameter, set[int]] = defaultdict(set)
         for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
             self.homes[parameter].add(home[parameter_name])
+        shared = {layer for name in found.everywhere for layer in model.get_submodule(name).modules()}
+        for parameter in chain(*(layer.parameters(recurse=False) for layer in shared)):
+            self.homes[parameter] = set(range(count))
         for layer_name, layer in model.named_modules():
             plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
-            if isinstance(layer, nn.Embedding) and plain and home[f"{layer_name}.weight"] not in mine:
+            elsewhere = layer not in shared and home.get(f"{layer_name}.weight") not in mine
+            if isinstance(layer, nn.Embedding) and plain and elsewhere:
                 _look_up_nothing(layer)
         for parameter, stages in self.homes.items():
             if not stages & mine:
@@ -157,14 +163,20 @@ class Stages:
         return home
 
 
+def outermost_lists(model: nn.Module, kind: type[nn.Module] = nn.Module) -> dict[str, nn.ModuleList]:
+    """The ModuleLists of this kind of modules that are not inside of another, by name."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, some in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(some, nn.ModuleList) and len(some) and not inside and all(isinstance(x, kind) for x in some):
+            found[name] = some
+    return found
+
+
 def find_blocks(model: nn.Module) -> Blocks:
     """The model's list of blocks: the one ModuleList that is not inside of another. ValueError where that leaves a
     doubt."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            found[name] = module
+    found = outermost_lists(model)
     if len(found) != 1:
         what = f"{len(found)}: {', '.join(found)}" if found else "none"
         raise ValueError(

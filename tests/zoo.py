@@ -99,9 +99,11 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("MarianMTModel", BART),
     "mbart": ("MBartForConditionalGeneration", BART),
     "modernbert": ("ModernBertForMaskedLM", BERT | {"embedding_dropout": 0.0, "mlp_dropout": 0.0}),
+    "mpnet": ("MPNetForMaskedLM", BERT),  # all blocks read what a module beside them gives, and it learns
     "mt5": ("MT5ForConditionalGeneration", T5),
     "opt": ("OPTForCausalLM", OPT),  # a projection behind the blocks, registered before
     "pegasus": ("PegasusForConditionalGeneration", BART),
+    "roformer": ("RoFormerForMaskedLM", BERT | {"embedding_size": 32}),  # the same, and it does not learn
     "stablelm": ("StableLmForCausalLM", LLAMA),
     "t5": ("T5ForConditionalGeneration", T5),  # the first block makes what all read
     "umt5": ("UMT5ForConditionalGeneration", T5),
