@@ -12,7 +12,7 @@
 #     python -m minipar solution 04c.1    # once it has passed
 
 # %% tags=["setup"]
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minipar import Mesh, plan, predict
 from minipar.cost import Layout
@@ -74,6 +74,7 @@ with verdict():
     noisy = Trial("noisy", (0.90, 0.74, 0.80), 2.0)  # mean 0.813, s 0.0808, standard error 0.0467
     frozen = Trial("frozen", (0.812, 0.806, 0.811), 9.0)
     tuned = Trial("tuned", (0.842, 0.851, 0.839), 9.0)
+    steady = Trial("steady", (0.75, 0.75), 3.0)
     every = [tuned, lucky, words, noisy, tiny, frozen]
     cases = [
         (every, 0.75, words, "counted words reach it with 0.761 less 0.001, for 0.2 ms"),
@@ -81,6 +82,7 @@ with verdict():
         (every, 0.86, None, "tuned has 0.844 less 0.004; a single seed does not count"),
         ([noisy, frozen], 0.766, noisy, "noisy has 0.813 less 0.0467, which is 0.7666"),
         ([noisy, frozen], 0.767, frozen, "noisy has 0.813 less 0.0467, which is 0.7666"),
+        ([steady, frozen], 0.75, steady, "steady has 0.75 less 0, and reaching the target is enough"),
         ([lucky], 0.5, None, "one seed is no evidence"),
         ([], 0.5, None, "there are no models"),
     ]
@@ -88,6 +90,8 @@ with verdict():
         got = choose(list(trials), target)
         name, wanted = getattr(got, "name", got), getattr(right, "name", right)
         assert got is right, f"Target {target}: you choose {name!r}, and it is {wanted!r}: {why}."
+    twins = [Trial("one", (0.75, 0.75), 3.0), Trial("the other", (0.75, 0.75), 3.0)]
+    assert choose(twins, 0.7) in twins, "Of two models with equal costs and means either will do, and you give none."
     print(
         "chosen for 0.75, 0.80 and 0.86:", *(getattr(right, "name", "none") for _, _, right, _ in cases[:3]), sep="  "
     )
@@ -171,6 +175,9 @@ with verdict():
             assert got in fitting, f"{case}: what you give needs {need / 1e9:.0f} GB on its fullest device."
             told = f"{case}: yours takes {seconds:.2f} s a step, and the fastest {best:.2f} s."
             assert seconds <= best * (1 + 1e-9), f"{told} Is the smallest number of seconds taken?"
+    full = predict("llama-8b", Layout(Mesh(dp=64), 4), cluster, 256, 4096).peak_memory
+    edge = replace(cluster, device=replace(cluster.device, memory=full))
+    assert fastest("llama-8b", [Layout(Mesh(dp=64), 4)], edge, 256, 4096, 1.0), "What fills a device to the byte fits."
     print("found among", len(some_layouts()), "layouts, for 8B and 70B")
 
 # %% [markdown] lang="en"
