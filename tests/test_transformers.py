@@ -77,6 +77,11 @@ def test_others_whose_plan_is_known(world2, name):
     assert broken(world2, name, [CUT, STAGES]) == []
 
 
+@pytest.mark.parametrize("name", zoo.UNCUT)
+def test_others_in_stages(world2, name):
+    assert broken(world2, name, [STAGES]) == []
+
+
 def test_every_known_plan_is_tested():
     import transformers
 
