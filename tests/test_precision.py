@@ -5,7 +5,7 @@ import torch
 from laws import batch_of
 
 import minipar
-from minipar import Config, Mesh, parallelize
+from minipar import Config, Mesh, connect, parallelize, tensor
 
 CONFIG = Config(vocab=64, context=16, depth=4, width=64, heads=4)
 LAYOUTS = [
@@ -39,6 +39,33 @@ def test_gradients_are_close_to_those_in_float32_and_not_equal(world4, dtype):
             if y.norm() > 1e-6:  # a key's bias has no gradient
                 assert gradients[name].dtype == torch.float32
                 assert (gradients[name] - y).norm() < 0.03 * y.norm(), (layout, name)
+
+
+def test_the_scale_is_gone_from_gradients_where_every_label_counts_too(world2):
+    """Then the count is known before the step, and there is nothing else to divide by."""
+
+    def gradients(dtype):
+        parallel, (tokens, _) = parallelize(model(), Mesh(dp=2), dtype=dtype), batch_of(CONFIG, 8, 16)
+        parallel.step(tokens, tokens.roll(-1, 1))
+        return parallel.full_gradients()
+
+    got, wanted = (world2.run(gradients, dtype)[0]["head.weight"] for dtype in (torch.float16, None))
+    assert (got - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_loss_over_a_cut_vocabulary_is_summed_in_32_bits(world2):
+    def both():
+        axis, draw = connect(Mesh(tp=2))["tp"], torch.Generator().manual_seed(0)
+        logits, targets = torch.randn(64, 512, generator=draw).bfloat16(), torch.randint(512, (64,), generator=draw)
+        whole, mine = logits.clone().requires_grad_(), logits.chunk(2, 1)[axis.index].clone().requires_grad_()
+        wanted, _ = tensor.cross_entropy(whole, targets)
+        got, _ = tensor.vocabulary_parallel_cross_entropy(mine, targets, axis, 512)
+        wanted.backward()
+        got.backward()
+        return (got / wanted - 1).item(), (mine.grad - whole.grad.chunk(2, 1)[axis.index]).abs().max().item()
+
+    for loss, gradient in world2.run(both):
+        assert abs(loss) < 1e-6 and gradient < 2**-8  # a bit of bfloat16's
 
 
 def test_products_compute_in_the_dtype(world2):
