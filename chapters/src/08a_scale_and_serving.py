@@ -291,7 +291,7 @@ def lost(interval, write, failure, restart):
 
 
 # %%
-def simulated(interval, write, failure, restart, failures=200_000):
+def simulated(interval, write, failure, restart, failures=50_000):
     """The share of time that is lost, over so many random failures."""
     times = np.random.default_rng(0).exponential(failure, failures)
     kept = np.floor(times / (interval + write)) * interval
@@ -307,7 +307,7 @@ for write in (3.0, 30.0):
         tau = 60 * minutes
         told = f"write {write:2.0f} s, every {minutes:5.1f} min: simulated {simulated(tau, write, M, R):5.1%} lost"
         print(f"{told}, formula {lost(tau, write, M, R):5.1%}, yours {my_lost(tau, write, M, R):5.1%}")
-best_of = {w: min(range(30, 7200, 30), key=lambda tau: simulated(tau, w, M, R)) for w in young}
+best_of = {w: min(range(60, 1800, 30), key=lambda tau: simulated(tau, w, M, R)) for w in young}
 print("best interval, simulated, in minutes:", {w: round(tau / 60, 1) for w, tau in best_of.items()})
 assert round(young[30.0] / 60) == 14 and all(abs(best_of[w] / young[w] - 1) < 0.25 for w in young)
 
@@ -318,12 +318,12 @@ DELTAS = {3: "o", 30: "s", 120: "^"}
 def draw_lost(gpus, restart_minutes):
     failure, restart = M * 16384 / gpus, 60 * restart_minutes
     drawing, (panel,) = viz.figure(7.0, 3.2)
-    taus, told = np.geomspace(30, 4 * 3600, 60), []
+    taus, told = np.geomspace(30, 4 * 3600, 40), []
     for (write, mark), color in zip(DELTAS.items(), (5, 6, 2), strict=True):
-        share = [100 * simulated(tau, write, failure, restart, 20_000) for tau in taus]
+        share = [100 * simulated(tau, write, failure, restart, 5_000) for tau in taus]
         panel.plot(taus / 60, share, color=viz.PALETTE[color], label=f"a checkpoint takes {write} s")
         tau = (2 * write * failure) ** 0.5
-        at = 100 * simulated(tau, write, failure, restart, 20_000)
+        at = 100 * simulated(tau, write, failure, restart, 5_000)
         panel.plot(tau / 60, at, mark, color=viz.INK)
         told.append(f"{write} s: every {tau / 60:.0f} minutes, {at:.0f} percent lost")
     panel.set(xscale="log", ylim=(0, 100), xlabel="minutes between checkpoints", ylabel="percent of the time lost")
@@ -610,28 +610,25 @@ viz.show(
 # Nothing in `run` knows of ranks. It calls `attention.q`, and on a cut model that layer gives the heads of this rank
 # only. So the very same function is tensor parallel: each rank has the keys and values of *its* heads.
 #
-# **Question.** Two tensor ranks, float64. For each new token of a row, how often do they talk, and how many bytes does
-# a rank send? (An all-reduce of $M$ bytes sends $2(n-1)/n \cdot M$, a gather of $M$ in all $(n-1)/n \cdot M$.) And how
-# many bytes of cache has a rank?
+# **Question.** Two tensor ranks, float64, our three prompts side by side. How often do the ranks talk for a step of
+# three new tokens, and how many bytes does a rank send for each of them? (An all-reduce of $M$ bytes sends $2(n-1)/n
+# \cdot M$, a gather of $M$ in all $(n-1)/n \cdot M$.) And how many bytes of cache has a rank at the end?
 
 # %%
-prediction = None  # (calls, bytes a token, bytes of cache for 32 + 40 tokens)
+prediction = None  # (calls, bytes a token, bytes of cache for 3 rows of 32 + 39 tokens)
 
 
 def on_tensor_ranks(mesh, count):
     model = parallelize(loaded(), mesh).module
-    found = []
-    for row in prompts:
-        with ledger() as book:
-            tokens, caches = cached(model, row[None], count)
-        found.append((tokens, book.calls("tp"), book.bytes("tp"), sum(x.nbytes for cache in caches for x in cache)))
-    return found
+    with ledger() as book:
+        tokens, caches = cached(model, prompts, count)
+    return tokens, book.calls("tp"), book.bytes("tp"), sum(x.nbytes for cache in caches for x in cache)
 
 
-def formulas(ranks, count, size=8):
-    """Calls, bytes sent and bytes of cache of a rank: 32 tokens of a prompt, then `count` new ones."""
+def formulas(ranks, count, rows=3, prompt=32, size=8):
+    """Calls, bytes sent and bytes of cache of a rank, for `count` new tokens behind a prompt."""
     h, layers = config.width, config.depth
-    passed = 32 + count - 1  # tokens that go through the model
+    passed = rows * (prompt + count - 1)  # tokens that go through the model
     sums = 1 + 2 * layers  # the embedding, and two a block
     sent = sums * cost.all_reduce_bytes(passed * h * size, ranks)
     sent += cost.gather_bytes(passed * config.vocab * size, ranks)  # the head's logits
@@ -641,22 +638,21 @@ def formulas(ranks, count, size=8):
 # %%
 for ranks, mesh in ((2, Mesh(dp=2, tp=2)), (4, Mesh(tp=4))):
     calls, sent, held = formulas(ranks, 40)
-    for answers in world.run(on_tensor_ranks, mesh, 40):
-        assert torch.equal(torch.cat([tokens for tokens, *_ in answers]), truth)
-        assert all(counted == (calls, sent, held) for _, *rest in answers for counted in [tuple(rest)])
+    for tokens, *counted in world.run(on_tensor_ranks, mesh, 40):
+        assert torch.equal(tokens, truth) and tuple(counted) == (calls, sent, held)
     each = (9 * cost.all_reduce_bytes(8 * 128, ranks), cost.gather_bytes(8 * 512, ranks))
     print(f"tp={ranks}: tokens as from one process; {calls} calls, {sent:,.0f} bytes sent, {held:,.0f} bytes of cache")
-    print(f"      a new token: 10 calls, {each[0]:,.0f} bytes for sums and {each[1]:,.0f} for logits")
+    print(f"      a new token of a row: {each[0]:,.0f} bytes for sums and {each[1]:,.0f} for logits")
 
 # %% [markdown] lang="en"
-# Ten calls for a token: the embedding, two for each of four blocks, the logits. The formula, to the byte:
+# Ten calls for a step: the embedding, two for each of four blocks, the logits. The formula, to the byte:
 #
 # - **sent**: $(1 + 2l)$ all-reduces of one token's $h$ numbers, and a gather of the logits;
 # - **kept**: $2\,l\,h/t$ numbers for each token, of $h$ the part that a rank's heads have.
 #
-# Each message is tiny: 1,024 bytes. In [Cost models](04b_cost_models.ipynb) you saw what such a message costs, mostly
-# its latency. That is why serving keeps tensor ranks inside a node, more strictly than training. (The logits of all
-# tokens of the vocabulary travel although one number is wanted. Each rank could send its largest logit and where it
+# Each message is tiny: 1,024 bytes a row. In [Cost models](04b_cost_models.ipynb) you saw what such a message costs,
+# mostly its latency. That is why serving keeps tensor ranks inside a node, more strictly than training. (The logits of
+# all tokens of the vocabulary travel although one number is wanted. Each rank could send its largest logit and where it
 # is.)
 #
 # **With a library.** Does this work for models that others wrote? `parallelize` cuts the layers of a model of
