@@ -317,7 +317,7 @@ DELTAS = {3: "o", 30: "s", 120: "^"}
 
 def draw_lost(gpus, restart_minutes):
     failure, restart = M * 16384 / gpus, 60 * restart_minutes
-    drawing, (panel,) = viz.figure(7.0, 3.2)
+    drawing, (panel,) = viz.figure(7.0, 3.4)
     taus, told = np.geomspace(30, 4 * 3600, 40), []
     for (write, mark), color in zip(DELTAS.items(), (5, 6, 2), strict=True):
         share = [100 * simulated(tau, write, failure, restart, 5_000) for tau in taus]
@@ -332,7 +332,7 @@ def draw_lost(gpus, restart_minutes):
     panel.set_title(
         f"{gpus:,} GPUs: a failure every {failure / 3600:.1f} h, {restart_minutes} min to restart", fontsize=10
     )
-    panel.legend(frameon=False, fontsize=9, loc="upper center")
+    drawing.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     return viz.describe(drawing, f"{gpus:,} GPUs. Marks are Young's intervals. " + "; ".join(told))
 
 
