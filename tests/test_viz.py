@@ -22,6 +22,7 @@ from minipar.mesh import Mesh
 from minipar.rings import ring_all_reduce
 from minipar.schedule import Action, Op, gpipe, interleaved, one_f_one_b, zero_bubble_h2, zero_bubble_v
 from minipar.timeline import Costs, Span, Timeline, bubble, memory, peak, simulate
+from minipar.train import Parallel
 from minipar.transformer import find_model
 from minipar.transport import Done, Pending
 
@@ -169,6 +170,8 @@ def test_the_source_that_is_shown_is_the_one_in_the_file(monkeypatch):
     text = bundles[0].data
     assert text.startswith("From `minipar/mesh.py`, `minipar/rings.py`:\n")
     assert "\n\n```python\ndef line(self" in text and inspect.getsource(ring_all_reduce).rstrip() in text
+    viz.show_source(Parallel.forward)  # torch.no_grad wraps it in a function of another file
+    assert bundles[1].data.startswith("From `minipar/train.py`:\n")
 
 
 def test_pictures_of_tensors_fit_a_notebook_and_their_labels_do_not_overlap():

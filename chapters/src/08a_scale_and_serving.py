@@ -132,8 +132,8 @@ runs = published.RUNS[5:]
 steps = [minipar.predict(llama, run.layout, h100.of(run.gpus), run.batch, run.sequence) for run in runs]
 for run, step in zip(runs, steps, strict=True):
     ours, theirs = step.flops_per_device(causal=True) / 1e12, run.flops / 1e12
-    size = f"{run.gpus:6,} GPUs, {run.sequence:7,} tokens a row"
-    print(f"{size}: {run.layout.mesh!s:31} {theirs:.0f} TFLOP/s printed, {ours:.0f} predicted")
+    print(f"{run.gpus:6,} GPUs, {run.layout.mesh}, rows of {run.sequence:,} tokens")
+    print(f"{'':13} {theirs:.0f} TFLOP/s a GPU printed, {ours:.0f} predicted")
 
 plan = minipar.plan(llama, h100.of(16384), runs[1].batch, 8192)
 names = ["8,192 GPUs", "16,384 GPUs", "16,384, rows of 131,072", "16,384, the planner's"]
@@ -386,7 +386,7 @@ viz.show(viz.draw_bars(list(hours), {"GPU-hours": [h / 1e6 for h in hours.values
 def draw_bill(percent_of_peak, price, pue):
     done = needed / (percent_of_peak / 100 * h100.device.bf16) / 3600
     drawing, panels = viz.figure(7.5, 2.3, columns=3)
-    values = {"million GPU-hours": 1e-6, "million $": 1e-6 * price, "GWh": h100.device.watts * pue * 1e-9}
+    values = {"million GPU-hours": 1e-6, "million dollars": 1e-6 * price, "GWh": h100.device.watts * pue * 1e-9}
     told = []
     for panel, (unit, each) in zip(panels, values.items(), strict=True):
         both = [done * each, REPORTED * each]
@@ -396,7 +396,7 @@ def draw_bill(percent_of_peak, price, pue):
         panel.set_xticks([0, 1], ["computed", "reported\nhours"], fontsize=8)
         panel.set(ylim=(0, 1.2 * max(both)), title=unit)
         told.append(f"{unit} {both[0]:.1f} and {both[1]:.1f}")
-    setting = f"{percent_of_peak} percent of peak, {price} $ an hour, PUE {pue}"
+    setting = f"{percent_of_peak} percent of peak, {price} dollars an hour, PUE {pue}"
     return viz.describe(drawing, f"At {setting}, computed and from the reported hours: {'; '.join(told)}.")
 
 
@@ -404,9 +404,9 @@ explore(draw_bill, percent_of_peak=[40, 30, 50], price=[2, 1, 4], pue=[1.1, 1.5]
 
 # %%
 energy = REPORTED * 700 / 1e3  # kWh, of the GPUs alone
-print(f"reported hours: {energy / 1e6:.1f} GWh, {2 * REPORTED / 1e6:.0f} million at 2 $ an hour")
+print(f"reported hours: {energy / 1e6:.1f} GWh, {2 * REPORTED / 1e6:.0f} million dollars at 2 an hour")
 print(f"the card's 8,930 tons of CO2 are {8930e6 / energy:.0f} g a kWh of that")
-print(f"a token: {energy * 3.6e6 / TOKENS:.1f} J, {1e6 * 2 * REPORTED / TOKENS:.1f} $ a million tokens")
+print(f"a token: {energy * 3.6e6 / TOKENS:.1f} J, {1e6 * 2 * REPORTED / TOKENS:.1f} dollars a million tokens")
 assert [round(h / 1e6, 1) for h in hours.values()] == [23.6, 21.1, 26.4, 29.3, 30.8] and round(energy / 1e6, 1) == 21.6
 
 # %% [markdown] lang="en"
@@ -491,7 +491,7 @@ def plain(model, row, count):
 prompts = torch.stack([page[i : i + 32] for i in (0, 100, 300)])
 truth = plain(loaded(), prompts, 40)
 for prompt, more in zip(prompts.tolist(), truth.tolist(), strict=True):
-    print(f"{corpus.tokenizer().decode(prompt)[-30:]!r} -> {corpus.tokenizer().decode(more)!r}")
+    print(f"{corpus.tokenizer().decode(prompt)[-25:]!r} -> {corpus.tokenizer().decode(more)[:55]!r}")
 assert min(len(set(more)) for more in truth.tolist()) > 15  # no row is one token over and over
 
 
@@ -573,7 +573,7 @@ print(f"{tokens.numel()} tokens, all as without a cache; {len(caches)} caches of
 
 
 # %%
-def fastest(call, repeats=3):
+def fastest(call, repeats=5):
     took = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -588,7 +588,7 @@ again, with_cache = [], []
 for length in lengths:
     row, caches = corpus.tokens()[None, :length], [[] for _ in long.blocks]
     run(long, row, caches)  # the prefill
-    copies = [[list(c) for c in caches] for _ in range(3)]  # a decode step makes its cache longer
+    copies = [[list(c) for c in caches] for _ in range(5)]  # a decode step makes its cache longer
     again.append(fastest(lambda row=row: plain(long, row, 1)))
     with_cache.append(fastest(lambda row=row, copies=copies: run(long, row[:, :1], copies.pop())))
 drawing, (panel,) = viz.figure(7.0, 3.0)
@@ -715,11 +715,12 @@ def decode_kernels(model, rows, seen, ranks):
 
 
 large, ridge = find_model("llama-70b"), h100.device.bf16 / h100.device.bandwidth
+print(f"{'tokens at a time':16}", *(f"{name:>10}" for name in decode_kernels(large, 1, 1, 8)), "  (FLOPs a byte)")
 for rows in (1, 16, 64, 256, 2048):
-    each = decode_kernels(large, rows, 4096, 8)
-    told = ", ".join(f"{name} {kernel.flops / kernel.bytes:.0f}" for name, kernel in each.items())
-    print(f"{rows:5,} tokens at a time: {told} FLOPs a byte")
+    each = decode_kernels(large, rows, 4096, 8).values()
+    print(f"{rows:16,}", *(f"{kernel.flops / kernel.bytes:10.0f}" for kernel in each))
 print(f"an H100 needs {ridge:.0f}")
+
 
 # %% [markdown] lang="en"
 # One row: **one FLOP a byte**. Each weight of two bytes is read to do two FLOPs with it. So the device could do
