@@ -45,7 +45,7 @@ def observations(truth: Machine) -> Observations:
         parts = truth.forward, truth.backward_input, truth.backward_weight
         seconds = tuple(sum(a * b for a, b in zip(part, counted, strict=True)) for part in parts)
         pieces.append(Piece(tp, blocks, rows, seconds))
-    crowds = {n: (0.2 * x * max(1, n / truth.cores), 0.2 * truth.crowd_effort[n]) for n, x in truth.crowd.items()}
+    crowds = {n: (0.2 * x * max(1, n / truth.cores), 0.1 * truth.crowd_effort[n]) for n, x in truth.crowd.items()}
     talks = []
     for ranks, line, size in product(truth.talk, (2, 4, 8), (1e4, 1e6)):
         talk = reduction(size, line)

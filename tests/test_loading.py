@@ -87,6 +87,12 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert [flat(epoch) for epoch in global_batches(40, 2, 8, epochs=2, shuffle=False)] == [list(range(40))] * 2
 
 
+def test_no_other_seed_and_epoch_have_the_same_digits():
+    first, second = Loader(Rows(40), 8, seat(), seed=1), Loader(Rows(40), 8, seat(), seed=11)
+    first.epoch, second.epoch = 11, 1
+    assert not first.order().equal(second.order())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_goes_on_in_mid_epoch_exactly_whatever_was_prefetched(workers):
     options = {"workers": workers, "prefetch": 3} if workers else {}
@@ -177,6 +183,8 @@ def test_the_corpus_is_rows_side_by_side():
     tokens, targets = windows[len(windows) - 1]
     assert tokens.shape == targets.shape == (16,) and tokens[1:].equal(targets[:-1])
     assert torch.cat([windows[0][0], windows[1][0]]).equal(corpus.tokens()[:32])
+    even = corpus.Windows(context=15)  # it divides the corpus, so a last row would have no last target
+    assert len(corpus.tokens()) % 15 == 0 and even[len(even) - 1][1].shape == (15,)
     with pytest.raises(ValueError, match="context=0 does not fit"):
         corpus.Windows(0)
 

@@ -67,6 +67,25 @@ def test_parts_add_up_and_the_estimate_is_near_the_simulation():
             assert exact.timeline.end == pytest.approx(busy + exact.parts["pipeline"])
 
 
+def test_the_estimate_counts_each_boundary_there_and_back():
+    """A microbatch of a pipe that is nearly all waiting for messages."""
+    slow, layout = cluster(4, inside=Link(1.0, 1e12)), Layout(Mesh(pp=4), 1)
+    exact, near = (predict(MODEL, layout, slow, 1, 1024, exact=x).seconds for x in (True, False))
+    assert 6 < exact < 7 and near == pytest.approx(exact, rel=0.01)
+
+
+def test_each_message_costs_its_latency():
+    assert Link(2.0, 10.0).seconds(50, messages=3) == 3 * 2.0 + 5.0
+
+
+def test_a_twentieth_of_the_memory_is_left():
+    layout, device = Layout(Mesh(), 4), DEVICES["H100"]
+    need = predict(MODEL, layout, cluster(1), 4, 4096).peak_memory
+    for memory, fits in ((need / 0.94, True), (need / 0.96, False)):
+        alone = cluster(1, device=replace(device, memory=memory))
+        assert predict(MODEL, layout, alone, 4, 4096).fits is fits
+
+
 def test_collectives_take_the_bytes_of_the_ledger_over_the_link():
     """Seconds of the tensor axis times its bandwidth are the bytes that `traffic` counts, the ends left out."""
     slow = cluster(8, inside=Link(0.0, 1e9))
