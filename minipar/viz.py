@@ -109,7 +109,8 @@ def show_source(*functions: Callable[..., object]) -> None:
     text = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
     # JupyterLab would break long lines within a word. In a box as wide as the longest line they scroll.
     wide = 0.62 * max(map(len, text.splitlines()))
-    files = dict.fromkeys(f"`minipar/{Path(inspect.getfile(inspect.unwrap(function))).name}`" for function in functions)
+    paths = [Path(inspect.getfile(inspect.unwrap(function))) for function in functions]
+    files = dict.fromkeys(f"`{path.relative_to(Path(__file__).parents[1]).as_posix()}`" for path in paths)
     code = f'<div style="min-width: {wide:.0f}em">\n\n```python\n{text}\n```\n\n</div>'
     display(Markdown(f"From {', '.join(files)}:\n\n{code}"))
 
