@@ -272,10 +272,11 @@ assert apart < 1e-6 and (given == given_again).all()
 
 # %% [markdown] lang="en"
 # So two things are settled. The layout changes nothing: two trainings of 300 steps, one that shares the rows, one that
-# cuts every matrix, and not one answer differs. And the encoder **loses**, by a wide margin.
+# cuts every matrix, and not one answer differs. And the encoder **loses**, by more than three standard errors.
 #
-# It has learned its own rows nearly by heart, so it is not too small, and more steps would not help. What it lacks is
-# texts. Each word's meaning is 64 numbers, and they are learned from the rows that have the word. How many are that?
+# It has learned its own rows nearly by heart, so it is not too small, and more steps would go over the same rows again.
+# What it lacks is texts. Each word's meaning is 64 numbers, and they are learned from the rows that have the word. How
+# many are that?
 
 # %%
 rows_with = Counter(word for text in texts for word in set(split(text)))
@@ -507,7 +508,8 @@ assert chinese(10305) == "一万零三百零五"
 # %% [markdown] lang="en"
 # ### Rows
 #
-# Numbers of one to five digits, each length as often, three of ten digits a zero, so that there are gaps to learn.
+# Numbers of one to five digits, three of ten digits a zero, so that there are gaps to learn. No number is there twice,
+# so short ones are few: there are ten of one digit, ninety of two.
 # 3,000 to learn from, 300 others for the test. One model learns both directions. The first character says which one, as
 # in T5, "translate English to German: ..." (Raffel et al. 2020). The tokens are characters: 28 of them.
 
