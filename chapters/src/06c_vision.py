@@ -914,10 +914,10 @@ viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
 # The curves cross. **Ours is more often about right, the templates are more often exactly right.** A template that fits
-# lies on the digit to the pixel, since it was scaled by the same function as the digits were; when clutter fools it, it
-# is far away. The detector looks at everything at once, so it is hard to fool, but its edges are a pixel or so off. The
-# classifier asks for exact boxes: it has learned from digits that fill their picture, so it names more digits in the
-# templates' boxes than in ours, and most in the true ones.
+# lies on the digit to the pixel, since it was scaled by the same function as the digits were. In all other cases it
+# does worse than the detector, whose edges are hardly ever exact, and hardly ever absurd. The classifier asks for exact
+# boxes: it has learned from digits that fill their picture, so it names more digits in the templates' boxes than in
+# ours, and most in the true ones.
 #
 # No winner, then, without a question. For "is there something, and about where" take the detector; for "what is it" the
 # edges have to become better first: by more steps, smaller patches, or a classifier that has learned from such boxes.
@@ -948,7 +948,7 @@ viz.show(drawing, alt)
 #
 # <details><summary>Answers</summary>
 #
-# 1. The rows where only one of you is right: a difference of 3 rows can be 3 against 0 or 23 against 20, and neither is
+# 1. The rows where only one of you is right: a difference of 3 rows can be 3 against 0 or 8 against 5, and neither is
 #    beyond a coin's luck. And who wrote the rows.
 # 2. 14 × 14 = 196, and the class token. With 8 × 8 there are four times as many, so 16 times the work in attention, and
 #    4 times in the rest.
