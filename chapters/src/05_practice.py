@@ -282,7 +282,7 @@ viz.show_source(tensor.cross_entropy)
 # **Predict:** the mean of both ranks' means, and the loss of `step`: which is right, and how far off is the other?
 
 # %%
-prediction = None  # (which, how far in percent)
+prediction = None  # (which, how far: a share)
 
 inputs, targets = batch_of(learn[:10])
 targets[[0, 1, 3]] = -100  # three of the first rank's five
@@ -304,7 +304,7 @@ def one_step(mesh, inputs, targets, microbatches):
 
 loss = two.run(one_step, Mesh(dp=2), inputs, targets, 2)[0][0]
 print(f"you wrote: {prediction}. One process {right:.6f}, step {loss:.6f}, mean of means {of_means:.6f}")
-print(f"step is off by {abs(loss / right - 1):.0e}, the mean of means by {abs(of_means / right - 1):.2%}")
+print(f"step is off by {abs(loss / right - 1):.0e}, the mean of means by {abs(of_means / right - 1):.0e}")
 assert abs(loss - right) < 1e-12 < 1e-5 < abs(of_means - right)
 
 # %% [markdown] lang="en"
@@ -447,8 +447,8 @@ with World(8) as eight:
     runs["2x2x2"] = eight.run(fine_tune, Mesh(dp=2, pp=2, tp=2), TRAINING[0], JUDGED, str(folder))[0]
 
 # %% [markdown] lang="en"
-# The last number of each bar, steps a second, is your machine's. (The stored ones compare nothing: that machine had other
-# work, now more, now less.)
+# The last number of each bar, steps a second, is your machine's. (The stored ones compare nothing: that machine had
+# other work, now more, now less.)
 
 # %%
 answers = {name: logits.argmax(1) for name, (_, logits) in runs.items()}
@@ -554,7 +554,7 @@ gains = {name: difference(answers[name], baseline) for name in runs}
 print(f"counting words {accuracy_score(truth, baseline):.1%}. Points more, and 95 percent of draws:")
 for name, (gain, low, high) in gains.items():
     print(f"{name:13} {100 * gain:+5.1f}   from {100 * low:+5.1f} to {100 * high:+5.1f}")
-assert all(gain > 0 for gain, *_ in gains.values())
+assert all(gain > 0 for gain, *_ in gains.values()) and gains["one process"][1] > 0
 
 # %%
 drawing, (panel,) = viz.figure(7, 3)
@@ -572,9 +572,16 @@ viz.show(drawing, f"How many points better than counting words, a line for each 
 # All runs are ahead of counting words, and the layouts by the same amount as one process. How sure is that? Look at
 # where the lines end. (More rows to judge by would not help as much as more *files* would.)
 #
-# And it depends on the labels. We ran this chapter once more with `LABELS = 768` for docstrings: counting words rose to
-# 60.7 percent and fine-tuning to 61.4, a tie (95 percent of draws from −3.5 to +4.9 points). Words tell much about a
-# docstring, and each label teaches new ones. Film reviews are another matter: see below.
+# And it depends on the labels. We ran this chapter twice more and wrote the numbers down, all with 768 labels:
+#
+# | | counting words | fine-tuned | points more, 95 percent of draws |
+# |---|---|---|---|
+# | docstrings | 60.7% | 61.4% | +0.7, from −3.5 to +4.9 |
+# | film reviews | 65.3% | 75.1% | +9.9, from +5.4 up |
+#
+# Words tell much about a docstring, and each label teaches new ones, so with 768 labels the two are level. Praise and
+# blame are not in single words, and fine-tuning stays ahead, on every layout. (A test of the course runs the chapter on
+# the reviews, where they are at hand.)
 #
 # ## 8. Saved in one layout, served in another
 #
