@@ -19,7 +19,7 @@ read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # One torchrun a node. It starts one rank for each GPU, and the torchruns find each other at the first node.
-srun --kill-on-bad-exit=1 torchrun \
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun \
   --nnodes "$SLURM_JOB_NUM_NODES" \
   --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
   --rdzv-backend c10d \

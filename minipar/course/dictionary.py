@@ -85,6 +85,7 @@ ROWS = [
         "zero=1",
         "--use-distributed-optimizer",
         '"zero_optimization": {"stage": 1}',
+        accelerate="DeepSpeedPlugin(zero_stage=1)",
         jax="NamedSharding for the optimizer's state",
     ),
     Row(
@@ -101,7 +102,7 @@ ROWS = [
         "positions of a row shared out",
         "Mesh(cp=2)",
         "--context-parallel-size 2",
-        "",
+        "deepspeed.sequence.layer.DistributedAttention",
         "parallelism.context_parallel_degree",
         "ParallelismConfig(cp_size=2)",
         "shard_map and jax.lax.ppermute",
@@ -176,6 +177,7 @@ ROWS = [
         '"bf16": {"enabled": true}',
         "training.mixed_precision_param",
         'Accelerator(mixed_precision="bf16")',
+        tensorflow='tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")',
     ),
     Row(
         "gradients clipped",
@@ -184,6 +186,8 @@ ROWS = [
         '"gradient_clipping": 1.0',
         "training.max_norm",
         "Accelerator.clip_grad_norm_",
+        "optax.clip_by_global_norm",
+        "tf.clip_by_global_norm",
     ),
     Row(
         "sums hidden behind backward",
