@@ -75,9 +75,10 @@ def distance(found, wanted):
 #
 # Labels are dear, text is not. **[Self-supervised](../docs/glossary.md#self-supervised)** learning makes its own
 # questions from the text: hide something, and ask for it. The small GPT's question has been "what comes next?" in all
-# chapters. BERT's is a cloze (Devlin et al. 2019): 15 percent of the tokens are chosen; of these, 80 percent are
-# replaced by a mask, 10 percent by any token, 10 percent stay. The model has to give what stood there. Only chosen
-# tokens have a target, the others get −100.
+# chapters. BERT's is a cloze, a text with gaps (Devlin et al. 2019): 15 percent of the tokens are chosen; of these, 80
+# percent are replaced by a mask, 10 percent by any token, 10 percent stay. The model has to give what stood there. Only
+# chosen tokens have a target, the others get −100. Below, ▁?▁ is a mask. The � is one of the tokens that were put in at
+# random: a byte that is no character.
 
 # %%
 MASK, PAD, LENGTH = 512, 513, 48  # two tokens more than the tokenizer's 512
@@ -152,8 +153,8 @@ print(f"divided by the global count: {right:.0e}; the mean of two means: {wrong:
 assert right < 1e-12 < 0.01 < wrong
 
 # %% [markdown] lang="en"
-# With the global count it is the gradient of one process, to the last digits. The mean of means is off in the second
-# digit, and a loss falls with it, too.
+# With the global count it is the gradient of one process, to the last digits. The mean of means is off by five percent
+# of the largest gradient. Nothing stops, and no message comes.
 #
 # ### Pretraining
 #
@@ -332,21 +333,25 @@ print(
 # %% [markdown] lang="en"
 # So pretraining did not help here. It *cost* five points, in each of the six draws some, and counting words is ahead of
 # both starts. And in telling a text from its shuffle it is no better than chance. That is not what one reads about
-# BERT, so look at what ours had.
+# BERT. Look at what ours had: three likely reasons, none of which we have tested alone.
 #
 # - **Few questions.** A step asks for 15 percent of 32 × 48 tokens: 230 questions. The small GPT of section 5 has one
 #   for each of 32 × 64 tokens, 2,048, and 400 steps bring its loss to 3.2. The BERT's is at 4.9.
-# - **Little learned.** By counting single tokens one gets 5.26. What it has beyond that is not the order of tokens, as
-#   the last test shows; what is left is which of them go together in a text.
-# - **Another text.** It has read Python's reference, and is asked about matplotlib. A start that fits something else
-#   can be worse than none.
+# - **Little learned.** By counting single tokens one gets 5.26. What it has beyond that is not the order of *words*, as
+#   far as the last test shows. (A third of the texts are longer than 48 tokens, so text and shuffle are cut at
+#   different words there.) The order of tokens *inside* a word may be part of it: a shuffle of words keeps that. So may
+#   be which tokens go together in a text.
+# - **Another text.** It has read Python's reference, and is asked about matplotlib, NumPy, PyTorch and three more. A
+#   start that fits something else can be worse than none.
 #
-# The method is not at fault. MiniLM is a BERT, too, of 22.7 million parameters, and with as many labels it is right in
-# half of the cases, without any fine-tuning ([the FAQ](04c_faq.ipynb), section 1). Self-supervised learning pays by
-# what is put into it, and ours was a short one. What carries over from here is the way to ask: the same rows, the same
-# start, several draws, and a difference with its error.
+# That does not count against the method. MiniLM is a BERT, too, of 22.7 million parameters, and with as many labels it
+# is right in half of the cases, without any fine-tuning ([the FAQ](04c_faq.ipynb), section 1). (It had more than a
+# cloze: it was distilled from a larger model, and then learned from a billion pairs of sentences.) Self-supervised
+# learning pays by what is put into it, and ours was a short one. What carries over from here is the way to ask: the
+# same rows, the same start, several draws, and a difference with its error.
 #
-# **What is not shown:** how much text it would take. That is a run of hours, and the code above is all it needs.
+# **What is not shown:** how much text it would take. That is a run of hours, and the code above is all it needs. And
+# there is one pretraining behind all six draws: the error is that of rows and heads, not that of another pretraining.
 
 # %% [markdown] lang="en"
 # ## 2. Pictures and words
@@ -357,8 +362,9 @@ print(
 # to this picture? That is **[zero-shot](../docs/glossary.md#zero-shot)** classification.
 #
 # The text tower is our small GPT, with 32 numbers in place of its logits. Pictures are scikit-learn's handwritten
-# digits, 8 × 8 pixels, and captions are short sentences in English and Chinese. The tokenizer is the course's: it knows
-# Chinese as bytes. Three sentences are kept for the end, and so is one word: the Chinese 七 is in no caption.
+# digits, 8 × 8 pixels, and captions are short sentences in English and Chinese: 数字 is "digit", 这是 "this is", and
+# 图里写着 "the picture says". The tokenizer is the course's: it knows Chinese as bytes. Three sentences are kept for
+# the end, and so is one word: 七, the Chinese for seven, is in no caption.
 
 # %%
 ENGLISH = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
@@ -445,6 +451,9 @@ wanted = {name: p.grad for name, p in alone.named_parameters()}
 print(f"one process, 16 pairs: loss {truth_of_loss:.4f}; without knowledge it would be ln 16 = {np.log(16):.4f}")
 
 # %% [markdown] lang="en"
+# Why is the loss above that of guessing? The table's numbers are cosines times ten from the start, so an untrained
+# model is sure of things that it does not know.
+#
 # On four data ranks, a rank has four pairs, and all ranks need all vectors. Vectors are small, 64 numbers a pair, so
 # they are gathered. A rank then computes its own four rows and columns of the table. Four ways to write it:
 #
@@ -502,9 +511,10 @@ assert torch.allclose(found[no_gradient][3], found[same_whole][3], rtol=0, atol=
 # Three of four have the right loss, to the last digit, and one of these the right gradient. The other two have the
 # *same* wrong one, off by nearly twice its length and almost at a right angle to the truth. Why? A rank's vectors are
 # in the rows of all ranks. In rank 2's rows they are negatives, and what rank 2 has to say about them ("further away!")
-# has to come back. Without it each pair is pulled together as it should, and only half of what pushes is left. At the
-# start, when all vectors point about the same way, pull and push nearly cancel. So half of the push is another
-# gradient.
+# has to come back. Without it each pair is pulled together as it should, and of what pushes little more than half is
+# left: its own rows of the table, and of the columns those of its own rank. At the start the pictures' vectors point
+# much the same way, and so do the captions' (mean cosines of 0.8 and 0.7), so pull and push nearly cancel. With little
+# more than half of the push, what remains is another gradient.
 #
 # The third way shows that a gather has no adjoint of its own. It depends on what comes behind. Tensor ranks go on with
 # the same whole to the same loss: each has all of the gradient already, and a sum would count it n times. Here each
@@ -530,7 +540,8 @@ assert distance(gradients, wanted) < 1e-12
 # ### What the mistakes cost
 #
 # Three runs on four data ranks, four pairs on each: the same start, the same batches. After training, each picture that
-# was kept for the end is labeled by the nearest of ten captions, with sentences that no run has seen.
+# was kept for the end is labeled by the nearest of ten captions, with sentences that no run has seen. Pictures of a
+# seven are left out here: their Chinese word comes later.
 #
 # **Question.** Guessing is right in 10 percent. What do the three reach: negatives of one's own rank only; gathered
 # without a gradient; gathered with the sum?
@@ -600,16 +611,18 @@ told = "; ".join(f"{n} {100 * np.mean(r):.0f}" for n, r in zip(names, zero_shot.
 viz.show(drawing, f"Percent of pictures whose nearest caption is right, three bars; dots: single sentences. {told}.")
 
 # %% [markdown] lang="en"
-# - **Gathered without a gradient is far behind**, though its loss was right to the last digit. Nothing warns: the loss
-#   falls, too. Only a comparison of gradients shows it.
+# - **Gathered without a gradient is far behind**, though its loss was right to the last digit. Nothing stops. We looked
+#   at its losses once, with the same steps in one process: they end at 2.8, about ln 16, where the sum's end at 1.0.
+#   Who has only this run does not know what to expect. A comparison of gradients shows it before the first step.
 # - **Local negatives** lose some points. Their gradient is right, of another loss: that of 4 pairs and not of 16. (On
 #   two ranks, with 8 pairs each, we saw no difference.) More negatives are not better without end. There are ten
 #   digits, so of 16 pairs many have the same digit, and are pushed apart wrongly. CLIP was trained with 32,768 pairs a
-#   batch, and hardly any two were alike.
+#   batch, drawn from 400 million: there two that are alike should be rare.
 # - **The classifier that is given labels** is still ahead. Each caption names the digit, so it has been told the same.
 #   What the towers have beyond it is that one asks in words.
 #
-# What was sent? The vectors of all pairs, and back; and the gradients of all weights, as in any data parallelism.
+# What was sent? The vectors of all pairs, and back; and the gradients of all weights, as in any data parallelism. (What
+# is counted beyond that, 24 bytes, is the sum of losses and the count of rows.)
 
 # %%
 book = trained[summed][0][2]
@@ -655,8 +668,9 @@ told = "; ".join(f"{d} asked, found {said[best[s, d]].tolist()}" for s, d in ASK
 viz.show(drawing, f"For four captions the five nearest pictures each. Digits: {told}.")
 
 # %% [markdown] lang="en"
-# Zero-shot means new *sentences* of known words. A word that was in no caption means nothing: its bytes were never near
-# a picture. Models that seem to know every word have had captions from all of the web.
+# Zero-shot means new *sentences* of known words. A word that was in no caption means nothing: asked for 七, the towers
+# give five eights, and no warning; its bytes were never near a picture. Models that seem to know every word have had
+# captions from all of the web.
 #
 # **What is not shown:** pictures of the world, captions that say more than one thing, and whether the towers can
 # combine what they know (color and shape, say). And seeds: each bar is one run.
@@ -664,8 +678,8 @@ viz.show(drawing, f"For four captions the five nearest pictures each. Digits: {t
 # ## 3. Rows that stay private
 #
 # The document's worry (8.3) is data: how to train on it and keep it private. It helps to ask first what a model keeps.
-# We teach a small network the digits. Forty of the 1,300 rows have a wrong label, each another one. Nobody can *infer*
-# these labels: a model that gives them has the rows by heart.
+# We teach a small network the digits. Forty of the 1,300 rows have a wrong label, by a rule that has nothing to do with
+# the picture. Nobody can *infer* these labels: a model that gives them has the rows by heart.
 
 # %%
 WRONG, ROWS = 40, 1300
@@ -705,13 +719,15 @@ assert torch.allclose(each.sum(0), whole, rtol=0, atol=1e-12)
 # ### Clip each row, then add noise
 #
 # **[Differential privacy](../docs/glossary.md#differential-privacy)** is a promise about one row: whether it was there
-# or not, the weights that come out are nearly equally likely. "Nearly" is a number, ε: no outcome gets more than $e^ε$
-# times as likely, but for cases whose probability is δ. To keep the promise (Abadi et al. 2016):
+# or not, the weights that come out are nearly equally likely. "Nearly" is two numbers, ε and δ. With $P$ and $P'$ for
+# the probabilities with and without the row, and for whatever set $S$ of outcomes, $P(S) ≤ e^ε P'(S) + δ$, and the same
+# with $P$ and $P'$ exchanged. Without δ: nothing gets more than $e^ε$ times as likely. To keep the promise (Abadi et
+# al. 2016):
 #
-# 1. Draw the rows of a step by lot, each with probability $q$.
+# 1. Draw the rows of a step by lot, each for itself, with probability $q$.
 # 2. **[Clip each row's gradient](../docs/glossary.md#per-row-clipping)** to a norm of $C$: a row can move the sum by no
 #    more than that.
-# 3. Sum, and **add noise** of standard deviation $σC$, so that a move of $C$ is lost in it.
+# 3. Sum, and **add noise** of standard deviation $σC$ to each number, so that a move of $C$ is lost in it.
 # 4. Divide by the *expected* number of rows. The true one would tell something.
 #
 # Why not just clip the sum, as `clip_gradients` does? **Question.** We add one more row to the 130, a strange one:
@@ -745,7 +761,8 @@ assert all(rows < 1 + 1e-9 for rows, _ in moved) and moved[0][1] > 0.2 and moved
 # %% [markdown] lang="en"
 # With rows clipped, nobody counts more than 1, however strange: a twentieth of the sum. With the sum clipped, one row
 # of 131 moves it by a quarter of its length. If its gradient were a hundred times as large, the step would still have
-# length 1, and go where that row wants. To bound a row, rows have to be clipped, one by one, before they are added.
+# length 1, and go where that row wants. (Two sums clipped to 1 can be 2 apart. Noise for that would drown a step of
+# length 1; it leaves one of length 19.) To bound a row, rows have to be clipped, one by one, before they are added.
 # That is why private training needs each row's gradient, which backward never makes.
 #
 # ### On data ranks
@@ -792,21 +809,23 @@ assert (np.abs(variance / wanted - 1) < error).all()
 
 # %% [markdown] lang="en"
 # Four times too much with a seed for each rank, sixteen times with one for all: a seed that is the same everywhere adds
-# up four equal numbers. Both keep the promise, and pay for it with noise that nobody asked for. The other slips are
-# worse. Shares of $σC/\sqrt n$ from *the same* seed would be too much again; noise after the sum from *different* seeds
-# would have the right variance on each rank, and the ranks' weights would drift apart.
+# up four equal numbers. Both keep the promise, and pay for it with noise that nobody asked for. Shares of $σC/\sqrt n$
+# from *the same* seed would be too much again. One slip is worse: noise after the sum from *different* seeds. It has
+# the right variance on each rank, but the ranks' weights drift apart, and whoever sees several of them can average the
+# noise away.
 #
-# The third way needs no rank that is trusted with the clean sum, and that will be of use in section 4. The fourth is
-# the simplest. We train with it.
+# The third way needs no rank that is trusted with the clean sum, and that will be of use in section 4. By itself it is
+# not enough: what a rank sends has only its own, smaller share of the noise. The fourth is the simplest. We train with
+# it.
 #
 # ### What it costs
 #
 # How much privacy do 100 such steps spend? Counting that by hand is an art of its own, and mistakes do not show. So we
-# leave it to a library. Two are looked after: dp-accounting by Google and `opacus` by Meta. Both know more than one way
+# leave it to a library. Two are maintained: dp-accounting by Google and `opacus` by Meta. Both know more than one way
 # of counting. We took opacus (1.6), because it asks for one small package more, and leaves the versions of others
 # alone. The other (0.6) asks for three more, one of them compiled, and holds back `attrs`, which Jupyter uses. For one
-# case the count is short enough to check the library: without lots ($q = 1$), T steps give for any $α > 1$ (Mironov
-# 2017; the way from α to ε is that of Canonne et al. 2020)
+# case the count is short enough to check the library: without lots ($q = 1$), T steps give this for any $α > 1$, and
+# the least of them counts (Mironov 2017; the way from α to ε is that of Canonne et al. 2020)
 #
 # $$ε = \frac{T α}{2 σ^2} - \frac{\ln δ + \ln α}{α - 1} + \ln\frac{α - 1}{α}$$
 
@@ -838,6 +857,8 @@ assert abs(epsilon(40, 1.0) / by_hand(40, TIMES) - 1) < 0.01 and epsilon(40) < e
 
 # %% [markdown] lang="en"
 # The library agrees. And drawing by lot is worth a great deal: whoever may not even have been drawn is harder to find.
+# (δ is $10^{-4}$ here. It should be well below one over the number of rows, or the promise would allow that one row is
+# simply published.)
 #
 # **Question.** At which ε is the network as good as without privacy: 0.25, 1, 4, 16? And how many of the forty wrong
 # labels does it know by heart, without privacy and with it?
@@ -917,13 +938,18 @@ also = f"Ordinary training: {table['ordinary'][0].mean():.0f}, {table['ordinary'
 viz.show(drawing, f"Percent right, and wrong labels known of {WRONG}, over ε on a logarithmic scale. {told}. {also}.")
 
 # %% [markdown] lang="en"
-# - **Ordinary training has all forty by heart.** Ask it for one of these pictures, and it gives the label that this row
-#   alone had.
-# - **Private training has none** at ε of 1 and more, and at 0.25 a few by chance: a network that is right in a third of
-#   the cases gives many wrong labels. At 16 and at 4 it is right nearly as often as without noise, and a point or two
-#   less often than without privacy. From there on privacy costs more and more.
+# - **Ordinary training, for 400 steps, has all forty by heart.** Ask it for one of these pictures, and it gives the
+#   label that this row alone had.
+# - **Private training has none** at ε of 1 and more, and at 0.25 a few by chance: a network that is wrong in two thirds
+#   of the cases, over nine labels, hits about three of forty. At 16 and at 4 it is right nearly as often as without
+#   noise, and some two points less often than ordinary training. So at no ε here is it quite as good. Below 4 privacy
+#   costs more and more.
 # - **Clipping without noise** has none by heart, either. It makes no promise, though. That our test finds nothing shows
 #   what *this test* finds. An ε bounds all tests, also those that nobody has thought of.
+# - **The two trainings differ in more than privacy.** The ordinary one takes 400 steps of Adam with all rows, the
+#   private one 100 steps with a tenth of them. We ran these 100 steps once without clipping and without noise: 97 to 99
+#   percent right, and 0 to 3 of the forty known. So it is the long training that has them by heart. A short one knows
+#   next to none, private or not. And the fair price of privacy at ε 16 is some three points.
 #
 # Is 4 little? An outcome may get $e^4$, that is 55 times as likely by one row. At 16 it is almost nine million times: a
 # promise of nearly nothing, though our forty labels are safe. And 1,300 rows are few. What would ten times as many
@@ -934,17 +960,19 @@ print(f"σ 1.35, 130 rows a step: of 1,300 rows ε {epsilon(1.35):.2f}, of 13,00
 assert epsilon(1.35, SHARE / 10) < epsilon(1.35) / 4 and round(np.exp(4)) == 55 and 8e6 < np.exp(16) < 9e6
 
 # %% [markdown] lang="en"
+# The noise of a step is the same, and as many rows stand against it. Who is one of many is harder to find. (δ is still
+# $10^{-4}$, and for 13,000 rows that is too much. At $10^{-5}$ ε is 0.59.) So private training asks for much data, and
+# for large batches, of which more stands out of the same noise: for many data ranks.
+#
 # (Is the count right? We asked the other library, too, once: for the four σ of the picture dp-accounting 0.6 gives the
 # same ε to three digits by the same way of counting, and 0.22, 0.88, 3.5 and 13.7 by its tightest one. So what stands
-# here is a bound from above, and an eighth too high.)
-#
-# The noise is the same, and so is the accuracy of such a step. Who is one of many pays less. That is why private
-# training is done with much data, and with large batches, on many data ranks.
+# here is a bound from above, and 13 to 15 percent too high.)
 #
 # **What is not shown.** A person may have many rows, and the promise is about one. We chose the learning rate by
 # looking, and that spends privacy, too, which we did not count. Lots and noise came from seeds that are printed above;
-# where it counts they have to be secret. And a language model is harder than digits: the norm of a row's gradient has
-# many more directions to lose itself in.
+# where it counts they have to be secret, and from a cryptographic generator. And a language model is harder than
+# digits: noise goes to each number of a gradient, so its length grows with the root of how many there are, while a
+# row's stays at $C$.
 #
 # **Your turn.** With tensor ranks each rank has a part of a row's gradient. What has to be summed before the row can be
 # clipped, and how many bytes is that?
@@ -959,12 +987,13 @@ assert epsilon(1.35, SHARE / 10) < epsilon(1.35) / 4 and round(np.exp(4)) == 55 
 # ## 4. Sums that nobody sees
 #
 # Private training bounds what the *weights* tell. But on the way, a rank hands its gradient to others. In a ring
-# all-reduce the neighbor gets it as it is. If ranks are hospitals, that may be too much: gradients of few rows show the
-# rows (Zhu et al. 2019 rebuilt pictures from them).
+# all-reduce its neighbor gets one nth of it as it is, and the rest with few others added. If ranks are hospitals, that
+# may be too much: gradients of few rows show the rows (Zhu et al. 2019 rebuilt pictures from them).
 #
 # A **[secure sum](../docs/glossary.md#secure-sum)** (Bonawitz et al. 2017) hides each summand and gives the right sum.
 # Each pair of ranks agrees on a random vector, a **mask**. One of the two adds it, the other subtracts it. In the sum
-# all masks are gone. In one rank's share they are not.
+# all masks are gone. In one rank's share they are not. (It takes three ranks at least: of two, each knows the other's
+# gradient from the sum.)
 #
 # With floats that fails twice: large masks would round the gradient away, and small ones would not hide it. So
 # gradients become whole numbers of a **fixed step**, here $2^{-24}$, and all sums are modulo $2^{64}$: 64-bit integers,
@@ -1027,8 +1056,9 @@ assert error <= 2 * STEP and hidden[0] == 2 * plain[0] and all(torch.equal(t, to
 assert plain[0] == 2 * 3 / 4 * 4 * 4810
 
 # %% [markdown] lang="en"
-# Twice the bytes, and a sum that is right to the step. It even has something that float sums do not: whole numbers give
-# the same sum in whatever order they are added, to the bit.
+# Twice the bytes, and a sum that is right to half a step a rank: rounding is all that is lost. (Four ranks, two steps
+# at most: here that is reached.) It even has something that float sums do not: whole numbers give the same sum in
+# whatever order they are added, to the bit.
 #
 # **Question.** Does a single share show anything? What would you test?
 
@@ -1077,10 +1107,11 @@ alt = (
 viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
-# A test can only fail to find something. That there is nothing to be found is proven on paper, and the proof is short:
-# a number plus one that is equally likely to be any of $2^{64}$ is equally likely to be any of them, whatever the
-# number. It holds for true random masks. Ours come from a generator that can be guessed; a real one takes a
-# cryptographic generator, and agrees on seeds by an exchange of keys.
+# The chi-square of pure chance is about 255, and that of a gradient without masks is 611 thousand. The shares are all
+# near 255. But a test can only fail to find something. That there is nothing to be found is proven on paper, and the
+# proof is short: a number plus one that is equally likely to be any of $2^{64}$ is equally likely to be any of them,
+# whatever the number. It holds for true random masks. Ours come from a generator that can be guessed; a real one takes
+# a cryptographic generator, and agrees on seeds by an exchange of keys.
 #
 # If ranks talk to each other about the others, they can take out the masks that they know. As long as a rank has one
 # partner that keeps silent, its share stays hidden; what the silent ones have *together* does not.
@@ -1115,8 +1146,10 @@ assert (three.double() * STEP - true).abs().max() <= 1.5 * STEP
 #
 # Sections 3 and 4 belong together. A secure sum hides the summands and shows the sum exactly; private noise hides rows
 # in the sum. With the third way to add noise, each rank adds its part to its own gradient before it masks it, and no
-# rank ever sees a sum without noise. **What is not shown:** noise that is itself made of whole numbers (Kairouz et al.
-# 2021). Rounded floats can tell a little of what they hide (Mironov 2012).
+# rank ever sees a sum without noise. Two cautions: a rank knows its own part of the noise and can take it off, so
+# against three others 3/4 of the variance is left (make each part $σC/\sqrt{n-1}$; more if ranks may conspire). And a
+# rank that drops out takes its part of the noise along. **What is not shown:** noise that is itself made of whole
+# numbers (Kairouz et al. 2021). Rounded floats can tell a little of what they hide (Mironov 2012).
 #
 # ## 5. Looking inside
 #
@@ -1249,9 +1282,9 @@ print(f"everywhere alike: {everywhere.mean():.0%}; to the one before, block by b
 
 # %% [markdown] lang="en"
 # In block 0 every head looks back by one, three times as much as it would by looking everywhere alike. The later blocks
-# hardly prefer anything. That fits a model that has just learned which token follows which. In larger ones heads have
-# been found that look at the token before and at nothing else (Clark et al. 2019), and pairs of heads that continue
-# what they have seen before (Olsson et al. 2022).
+# prefer little: at most the token itself, by less than twice. That fits a model that has just learned which token
+# follows which. In BERT there are heads that give more than half of their attention to the token before (Clark et al.
+# 2019), and in GPTs pairs of heads that continue what they have seen before (Olsson et al. 2022).
 #
 # **What is not shown:** that a token matters because it is looked at. Maps can be changed a lot without changing what
 # the model says (Jain and Wallace 2019). To show that a head matters, switch it off and see what breaks.
@@ -1322,8 +1355,9 @@ assert seen[-1][2] < seen[0][2] and hits[-1] > hits[0]
 
 # %% [markdown] lang="en"
 # Nearly all is done by block 0: it brings the tokens that are right from 11 percent to 27, and the three others add two
-# together. The stream changes little from then on. What comes after "ate" is clear from the start, what comes after a
-# whole word never is.
+# together. What the lens reads changes little from then on. What comes after "ate" is right from the start, and likely
+# (dark) from block 0 on; after "the" it stays open. And block 3 loses one that the blocks before it had right, "ate"
+# after "re". (In the picture · is a space, ↵ the end of a line, and ·×16 is 16 spaces.)
 #
 # **What is not shown:** that the model "thinks" what the lens reads. Norm and head were trained for the last block, and
 # are applied to streams that they never saw (Belrose et al. 2023 train a lens for each block, for that reason).
@@ -1375,6 +1409,8 @@ print(f"{of_code.sum()} of 512 tokens are code's; length of the direction {direc
 print(f"of a state {stream[AT + 1].norm(dim=-1).mean():.1f}")
 
 # %% [markdown] lang="en"
+# The push below is twice the direction, so 5 beside a state of 6.9. That is no small one.
+#
 # **Question.** On four tensor ranks, what does each add, so that the result is that of one process: the whole vector, a
 # quarter of it, or its own quarter of the vector's numbers?
 
@@ -1469,7 +1505,7 @@ viz.show(
 
 # %% [markdown] lang="en"
 # - **Towards code**, twice the difference of the means: the model reads prose, and expects code's tokens more than it
-#   does when it reads code. Away from it there is hardly any left.
+#   does when it reads code. Away from it a third of what it gave them is left.
 # - **Random directions** of the same length move it, too, either way, and far less. Without them one would not know
 #   whether any push does that.
 # - **The loss** (right) rises with every push, also for code, and also when it is pushed towards code. Code's tokens
@@ -1505,10 +1541,10 @@ for factor in (-3.0, 0.0, 3.0):
 # - **Without labels:** a cloze on a mesh, with losses divided by the global count; and the question whether it helped
 #   (here it did not), asked with the same rows and the same start.
 # - **Pictures and words:** a loss over pairs of all ranks. Its gather has a sum for an adjoint, where that of tensor
-#   ranks has none. The right loss does not prove it.
+#   ranks has none. A right loss does not prove a right gradient.
 # - **Private rows:** clip each row on its rank, sum, and add noise once. A library counts what is spent.
-# - **Secure sums:** masks that cancel modulo $2^{64}$, twice the bytes of float32, right to a fixed step. Who drops out
-#   takes the sum along.
+# - **Secure sums:** masks that cancel modulo $2^{64}$, twice the bytes of float32, right to half a fixed step a rank.
+#   Who drops out takes the sum along.
 # - **Inside:** hooks work on ranks. What they see is a part where a layer is cut, and a copy in the stream.
 #
 # This is the end of the document, and of the course's chapters. It closes with the hope that hybrid parallelism will be
