@@ -758,6 +758,7 @@ optional = {  # the chapter it hangs on
     "03a": [("03e", "long\ncontext", 2), ("03f", "experts", 2)],
     "03c": [("03d", "schedules", 2), ("03h", "memory,\nrecovery", 3)],
     "03g": [("04a", "the math", 2), ("04b", "cost\nmodels", 2.5), ("03i", "claims", 1.5)],
+    "04c": [("05", "practice", 2), ("06a-d", "applications", 5), ("07", "tools", 2), ("08a, b", "outlook", 4)],
 }
 assert sum(hours for *_, hours in core) == 17.75
 
@@ -769,14 +770,14 @@ def draw_chapter(x, y, name, about, hours, color):
     panel.text(x, y, f"{star}{name}\n{about}\n{hours:g} h", ha="center", va="center", fontsize=8, zorder=3)
 
 
-drawing, (panel,) = viz.figure(8.0, 4.2)
+drawing, (panel,) = viz.figure(8.0, 5.2)
 for x, (name, about, hours) in enumerate(core):
     draw_chapter(x, 0, name, about, hours, "#A9D6F2")
     for depth, chapter in enumerate(optional.get(name, []), start=1):
         panel.plot([x, x], [0, depth], color=viz.LINE, zorder=1)
         draw_chapter(x, depth, *chapter, viz.PALE)
 panel.plot([0, len(core) - 1], [0, 0], color=viz.INK, zorder=1)
-panel.set(xlim=(-0.5, len(core) - 0.5), ylim=(3.45, -0.45))
+panel.set(xlim=(-0.5, len(core) - 0.5), ylim=(4.45, -0.45))
 panel.axis("off")
 alt = "A map. The core path, from left to right: " + ", ".join(f"{name} ({hours:g} hours)" for name, _, hours in core)
 hanging = "; ".join(f"below {name}: " + ", ".join(c[0] for c in some) for name, some in optional.items())
@@ -807,9 +808,14 @@ print(f"core path: {sum(hours for *_, hours in core):g} hours; the others: {rest
 # | [04a](04a_math.ipynb) the math | why a model that is cut learns the same, by hand and by algebra |
 # | [04b](04b_cost_models.ipynb) cost models | compute memory, bytes and time of any layout; published runs |
 # | ★ [04c](04c_faq.ipynb) questions | which model, and which layout for which machines? |
-#
-# Chapters 5 to 8 are still to be written. They belong to the document's last four sections: practice with a real
-# pretrained model, applications, tools, and what comes next. They build on the core path.
+# | [05](05_practice.ipynb) practice | fine-tune a pretrained model on each layout, and serve it |
+# | [06a](06a_language.ipynb) language | classify texts; translate numerals into Chinese words |
+# | [06b](06b_speech.ipynb) speech | recognize what is spoken; speak |
+# | [06c](06c_vision.ipynb) vision | classify a digit, and find one on a canvas |
+# | [06d](06d_finance.ipynb) finance | a trading rule and a forecast of risk, on series with a known law |
+# | [07](07_tools.ipynb) tools | the same step on torch's own tools; clusters; what others call it |
+# | [08a](08a_scale_and_serving.ipynb) scale and serving | 16,384 GPUs by simulation; what a run costs; generation |
+# | [08b](08b_trust_and_beyond.ipynb) trust and beyond | pretraining, images with text, private sums, a look inside |
 #
 # ### How to work with the notebooks
 #
