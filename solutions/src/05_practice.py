@@ -149,8 +149,8 @@ print("no source and no text on both sides, for five seeds and shares")
 # - each of them is 0 where its denominator is 0.
 #
 # **Target:** one `all_reduce`, of $3C$ numbers of 8 bytes for $C$ classes (the whole confusion matrix has $C^2$). The
-# same on every rank. For 6 classes on 4 ranks each rank sends 2 × 3/4 × 18 × 8 = 216 bytes, and no way with fewer is
-# known to us.
+# same on every rank. For 6 classes on 4 ranks each rank sends 2 × 3/4 × 18 × 8 = 216 bytes. With counts of
+# 8 bytes we know of no way with fewer.
 
 # %% [markdown] lang="en" hint="05.2"
 # For each class three counts are enough: rows of this class, answers of this class, and rows where both are.
@@ -327,8 +327,8 @@ print("21 rows in batches of 6 on 4 ranks: four steps, four calls, the weights o
 # %% [markdown] lang="en"
 # ## 05.4 · Write: a plan for a large head
 #
-# The classifier of this notebook has no plan. With 40 classes its head has more numbers than a block, and whole on
-# every tensor rank it would be the largest part of all. Write the plan, a style for each kind of layer. A `*` stands
+# The classifier of this notebook has no plan. With 40 classes its head has 680 numbers, and whole on every tensor rank
+# it would be the largest part of all: a block's 1,104 are cut, to 312 on four ranks. Write the plan, a style for each kind of layer. A `*` stands
 # for the number of a block, as in `"blocks.*.up"`. The layers are `embed`, `blocks.*.norm`, `blocks.*.up`,
 # `blocks.*.down` and `head`. The styles:
 #
