@@ -327,10 +327,10 @@ print("21 rows in batches of 6 on 4 ranks: four steps, four calls, the weights o
 # %% [markdown] lang="en"
 # ## 05.4 · Write: a plan for a large head
 #
-# The classifier of this notebook has no plan. With 40 classes its head has 680 numbers, and whole on every tensor rank
-# it would be the largest part of all: a block's 1,104 are cut, to 312 on four ranks. Write the plan, a style for each kind of layer. A `*` stands
-# for the number of a block, as in `"blocks.*.up"`. The layers are `embed`, `blocks.*.norm`, `blocks.*.up`,
-# `blocks.*.down` and `head`. The styles:
+# The classifier of this notebook has no plan. With 40 classes its head has 680 numbers, and whole on every tensor
+# rank it would be the largest part of all: a block's 1,104 are cut, to 312 on four ranks. Write the plan, a style for
+# each kind of layer. A `*` stands for the number of a block, as in `"blocks.*.up"`. The layers are `embed`,
+# `blocks.*.norm`, `blocks.*.up`, `blocks.*.down` and `head`. The styles:
 #
 # | style | what it does |
 # |---|---|
