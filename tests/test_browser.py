@@ -102,8 +102,11 @@ def move_all(explorer, where):
                 explorer.page.wait_for_timeout(50)
             if image.get_attribute("src") != before:
                 break
-        said = caption.inner_text()
-        assert image.get_attribute("src") != before, f"{where}: {control} moves, and the picture stays: {said}"
+        assert image.get_attribute("src") != before, f"{where}: {control} moves, and the picture stays"
+        # Picture and caption change one after the other, and the way back of the last control may still be drawn.
+        deadline = time.monotonic() + 20
+        while (said := caption.inner_text()) != image.get_attribute("alt") and time.monotonic() < deadline:
+            explorer.page.wait_for_timeout(50)
         assert said == image.get_attribute("alt")
         back()
         moved += 1
