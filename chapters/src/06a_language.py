@@ -822,7 +822,7 @@ viz.show(
 # %%
 wrong = [place for place, good in enumerate(right) if not good]
 print(f"{len(wrong)} of {len(pairs)} are wrong")
-for place in wrong[:15]:
+for place in wrong:
     source, wanted = pairs[place]
     print(f"{source[1:]} is {wanted}; it wrote {found[place]}")
 

@@ -560,7 +560,7 @@ viz.show(drawing, f"Percent right over the share of the word that was heard, a l
 # %%
 start = np.array([60 * (row[1].max().item() - 1) for row in rows])
 for label in (2, 3, 6, 7):
-    print(f"{names[label]:6} begins {start[labels == label].mean():6.1f} dB below its loudest place")
+    print(f"{names[label]:6} begins {-start[labels == label].mean():4.1f} dB below its loudest place")
 expect(abs(start[labels == 2].mean() - start[labels == 3].mean()) > 2)
 
 # %% [markdown] lang="en"
@@ -763,7 +763,8 @@ pictures = {
 for panel, (title, picture) in zip(panels, pictures.items(), strict=True):
     draw_frames(panel, picture, title)
 panels[0].set_ylabel("mel band")
-text = f"Log-mel frames of {names[example]}, three panels: {', '.join(pictures)}. The bright bands are alike."
+text = f"Log-mel frames of {names[example]}, three panels: {', '.join(pictures)}. The lowest bright bands are alike."
+text += " The second one falls in the true word. In the others its fall is hardly to be seen."
 viz.show(drawing, text)
 
 # %% [markdown] lang="en"

@@ -332,7 +332,7 @@ for (mesh, some), width, color in zip(losses.items(), (4, 1.2), (viz.PALETTE[0],
     panel.semilogy(some, lw=width, color=color, label=str(mesh))
 panel.set(xlabel="step", ylabel="loss of the step's rows")
 panel.legend(frameon=False)
-alt = "The loss over 400 steps falls from about 2.5 to near 0.01. The curves of the two layouts lie on each other."
+alt = "The loss over 400 steps falls from about 2.5 to below 0.01. The curves of the two layouts lie on each other."
 viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
@@ -923,7 +923,7 @@ panels[1].set(xticks=[], yticks=[])
 panels[1].set_title(f"largest share {weights.max():.2f}", fontsize=10)
 alt = (
     "Left: for each IoU the share of canvases that reach it, for the brightest window, the templates and ours. Right: "
-    "one canvas, and how sure each of its 36 patches is; the sure ones lie in the true box."
+    "one canvas, and how sure each of its 36 patches is; the sure ones lie in the true box or at its edge."
 )
 viz.show(drawing, alt)
 
