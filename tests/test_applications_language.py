@@ -1,29 +1,9 @@
 """Chapters 06a and 06b: number words and log-mel against what is known of them; and both on real data, where it is."""
 
-from pathlib import Path
-
 import pytest
+from excerpts import DATA, ROOT, defined, with_data
 
 from minipar.course import build
-
-ROOT = Path(__file__).parents[1]
-REAL = ROOT.parent / "shared" / "data"
-
-
-def chapter(name: str):
-    return build.read(ROOT / "chapters" / "src" / f"{name}.py")
-
-
-def defined(name: str, *functions: str) -> dict:
-    """The names that the chapter's imports and the cells with these definitions make."""
-    cells = build.code_cells(chapter(name))
-    first = [cell for cell in cells if cell.source.startswith(("import ", "from "))][:1]
-    wanted = [cell for cell in cells if any(f"def {function}(" in cell.source for function in functions)]
-    names: dict = {}
-    for cell in first + wanted:
-        lines = [line for line in cell.source.splitlines() if "World(" not in line]
-        exec("\n".join(lines), names)
-    return names
 
 
 def test_number_words_are_what_grammars_say():
@@ -45,12 +25,8 @@ def test_number_words_are_what_grammars_say():
     [("06a_language", "REVIEWS", "reviews"), ("06b_speech", "RECORDINGS", "spoken_digits")],
 )
 def test_the_chapter_runs_on_real_data(name, switch, folder):
-    if not (REAL / folder).exists():
+    if not (DATA / folder).exists():
         pytest.skip(f"{folder} are not here")
-    notebook = chapter(name)
-    lines = [line for cell in build.code_cells(notebook) for line in cell.source.splitlines()]
-    (line,) = [line for line in lines if line.startswith(f"{switch} = None")]
-    for cell in build.code_cells(notebook):
-        cell.source = cell.source.replace(line, f"{switch} = {str(REAL / folder)!r}")
+    notebook = with_data(name, switch, DATA / folder)
     build.run(notebook, ROOT / "chapters")
     assert build.problems(notebook) == []

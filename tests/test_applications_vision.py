@@ -1,32 +1,15 @@
 """What the chapters on vision and finance define and measure by: functions of their cells, on cases of their own."""
 
-import ast
-import math
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from excerpts import defined
 from scipy import stats
 
-CHAPTERS = Path(__file__).parents[1] / "chapters" / "src"
 
-
-def functions(chapter: str, *names: str, also: tuple[str, ...] = ()) -> list:
-    """Functions as a chapter defines them, and constants that they use. Its other code is not run."""
-
-    def wanted(node):
-        if isinstance(node, ast.FunctionDef):
-            return node.name in names
-        assigned = (
-            [n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)] if isinstance(node, ast.Assign) else []
-        )
-        return bool({*assigned} & {*also})
-
-    tree = ast.parse((CHAPTERS / f"{chapter}.py").read_text(encoding="utf-8"))
-    code = ast.Module([node for node in tree.body if wanted(node)], [])
-    found = {"math": math, "np": np, "torch": torch, "stats": stats}
-    exec(compile(code, chapter, "exec"), found)
+def functions(chapter: str, *names: str) -> list:
+    """Functions as a chapter defines them."""
+    found = defined(chapter, *names)
     return [found[name] for name in names]
 
 
@@ -38,7 +21,7 @@ def boxes(*rows):
 
 
 def test_overlap_does_not_depend_on_scale_place_or_order():
-    iou, _ = functions("06c_vision", "iou", "area")
+    (iou,) = functions("06c_vision", "iou")
     a, b = boxes([0, 0, 4, 4], [1, 2, 5, 9]), boxes([2, 2, 6, 6], [3, 0, 8, 5])
     wanted = boxes([4 / 28, 6 / (28 + 25 - 6)])[0]
     for one, other in ((a, b), (b, a), (3 * a, 3 * b), (a - 7, b - 7), (a[:, [1, 0, 3, 2]], b[:, [1, 0, 3, 2]])):
@@ -47,7 +30,7 @@ def test_overlap_does_not_depend_on_scale_place_or_order():
 
 
 def test_generalized_overlap_is_at_most_the_plain_one_and_falls_with_distance():
-    giou, iou, *_ = functions("06c_vision", "giou", "iou", "hull", "area")
+    giou, iou = functions("06c_vision", "giou", "iou")
     a = boxes([0, 0, 4, 4]).repeat(20, 1)
     moved = a + torch.arange(20.0, dtype=torch.float64)[:, None] * boxes([1, 0, 1, 0])
     found = giou(a, moved)
@@ -79,11 +62,8 @@ def test_a_coin_toss_by_hand():
 # -- exceedances -------------------------------------------------------------------------------------------------
 
 
-KUPIEC = ("kupiec", "log_likelihood", "chance_of")
-
-
 def test_exceedances_that_pass_are_those_of_the_likelihood_ratio():
-    kupiec, *_ = functions("06d_finance", *KUPIEC)
+    (kupiec,) = functions("06d_finance", "kupiec")
     assert kupiec(10, 1000, 0.01) == (0.0, 1.0)
     for hits, days, level in ((5, 250, 0.01), (0, 250, 0.01), (20, 1000, 0.05), (1000, 1000, 0.05)):
         ratio, chance = kupiec(hits, days, level)
@@ -96,7 +76,7 @@ def test_exceedances_that_pass_are_those_of_the_likelihood_ratio():
 
 
 def test_exceedances_in_clusters_are_refused_and_independent_ones_mostly_are_not():
-    christoffersen, *_ = functions("06d_finance", "christoffersen", *KUPIEC[1:])
+    (christoffersen,) = functions("06d_finance", "christoffersen")
     draw, refused = np.random.default_rng(0), 0
     for _ in range(500):
         refused += christoffersen(draw.random(2000) < 0.05)[1] < 0.05
@@ -123,13 +103,13 @@ def test_the_pinball_loss_is_least_at_the_quantile():
 
 
 def test_profits_pay_for_what_is_traded():
-    (profits,) = functions("06d_finance", "profits", also=("COST",))
+    (profits,) = functions("06d_finance", "profits")
     held, returns = np.array([1, 1, -1, 0]), np.array([0.01, -0.02, 0.03, 0.5])
     assert profits(held, returns, cost=0.001) == pytest.approx([0.009, -0.02, -0.032, -0.001])
 
 
 def test_the_best_rule_holds_on_when_trading_costs_and_follows_the_sign_when_it_does_not():
-    best_rule, *_ = functions("06d_finance", "best_rule", also=("POSITIONS", "GRID", "MARKET", "COST"))
+    (best_rule,) = functions("06d_finance", "best_rule")
     free, gain = best_rule(cost=0.0)
     grid = np.linspace(-6, 6, 241)
     up = 0.0002 + 0.001 * grid > 1e-12

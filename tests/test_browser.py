@@ -89,6 +89,14 @@ def moves(explorer):
             yield field, [forth], back
 
 
+def until(is_so, seconds, page):
+    """Whether it is so in the end."""
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+    return is_so()
+
+
 def move_all(explorer, where):
     """Move each control until the picture is another one (for some values two schedules are the same), and see that its
     caption says so. How many controls there were."""
@@ -97,17 +105,12 @@ def move_all(explorer, where):
         before = image.get_attribute("src")
         for way in ways:
             way()
-            deadline = time.monotonic() + 20 / len(ways)
-            while image.get_attribute("src") == before and time.monotonic() < deadline:
-                explorer.page.wait_for_timeout(50)
-            if image.get_attribute("src") != before:
+            if until(lambda old=before: image.get_attribute("src") != old, 20 / len(ways), explorer.page):
                 break
         assert image.get_attribute("src") != before, f"{where}: {control} moves, and the picture stays"
         # Picture and caption change one after the other, and the way back of the last control may still be drawn.
-        deadline = time.monotonic() + 20
-        while (said := caption.inner_text()) != image.get_attribute("alt") and time.monotonic() < deadline:
-            explorer.page.wait_for_timeout(50)
-        assert said == image.get_attribute("alt")
+        until(lambda: caption.inner_text() == image.get_attribute("alt"), 20, explorer.page)
+        assert caption.inner_text() == image.get_attribute("alt")
         back()
         moved += 1
     return moved

@@ -13,16 +13,15 @@ import wave
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
+from excerpts import DATA
 
 from minipar.course import datasets
 from minipar.course.datasets import NotAvailable, Source, docstrings, minilm, prose, reviews, spoken_digits
 
 FILES = {"rt-polarity.neg": b"dull . \nlong and dull . \n", "rt-polarity.pos": "très good . \n".encode()}
-REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
 def sha256(content: bytes) -> str:
@@ -362,19 +361,19 @@ def test_of_a_docstring_only_plain_words_stay(docstring, words):
 
 # -- the real files, where they are ----------------------------------------------------------------------------
 
-has_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not beside the repository")
+has_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real files are not beside the repository")
 
 
 @has_data
 def test_the_real_reviews_are_the_pinned_ones():
-    found = reviews(REAL / "reviews")
+    found = reviews(DATA / "reviews")
     assert Counter(found.labels) == {0: 5331, 1: 5331} and found.names == ("negative", "positive")
     assert found.texts[0] == "simplistic , silly and tedious ." and all(found.texts)
 
 
 @has_data
 def test_the_real_digits_are_the_pinned_ones():
-    found = spoken_digits(REAL / "spoken_digits")
+    found = spoken_digits(DATA / "spoken_digits")
     assert len(found.waves) == 600 and Counter(found.labels) == dict.fromkeys(range(10), 60)
     assert set(Counter(found.speakers).values()) == {100} and len(set(found.speakers)) == 6
     assert all(w.dtype == np.float32 and 0.1 < len(w) / found.rate < 2.5 and abs(w).max() <= 1 for w in found.waves)

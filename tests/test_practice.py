@@ -1,15 +1,14 @@
 """Chapter 05 on the film reviews of the document: the fine-tuned model beats counting words, on every layout."""
 
 import json
-from pathlib import Path
 
 import nbformat
 import pytest
+from excerpts import DATA, with_data
 
 from minipar.course import build
 
-ROOT = Path(__file__).parents[1]
-REVIEWS = ROOT.parent / "shared" / "data" / "reviews"
+REVIEWS = DATA / "reviews"
 
 REPORT = """\
 import json
@@ -22,19 +21,11 @@ print(json.dumps({"on": ON, "baseline": float((baseline == truth).mean()), "scor
 
 @pytest.mark.skipif(not REVIEWS.is_dir(), reason="the film reviews are not on this machine")
 def test_on_film_reviews_every_layout_beats_the_baseline(tmp_path):
-    written = (ROOT / "chapters/src/05_practice.py").read_text(encoding="utf-8")
-    changed = written.replace("REVIEWS = None", f"REVIEWS = {str(REVIEWS)!r}", 1)
-    assert changed != written
-    source = tmp_path / "05_practice.py"
-    source.write_text(changed, encoding="utf-8")
-    notebook = build.read(source)
+    notebook = with_data("05_practice", "REVIEWS", REVIEWS)
     notebook.cells.append(nbformat.v4.new_code_cell(REPORT, id="report"))
-    for cell in build.code_cells(notebook):
-        cell.metadata["seconds"] = 240  # other tests run beside it
     build.run(notebook, tmp_path)
     found = json.loads(notebook.cells[-1].outputs[0].text)
     assert found["on"] == "film reviews" and len(found["scores"]) == 6
-    print(found)
     assert all(score > found["baseline"] for score in found["scores"].values()), found
     one_process = found["scores"]["one process"]
     assert one_process > found["baseline"] + 0.03 and found["low"]["one process"] > 0, found
