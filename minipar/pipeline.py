@@ -111,8 +111,8 @@ class Stages:
             self.homes[parameter] = set(range(count))
         for layer_name, layer in model.named_modules():
             plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
-            elsewhere = layer not in shared and home.get(f"{layer_name}.weight") not in mine
-            if isinstance(layer, nn.Embedding) and plain and elsewhere:
+            own = isinstance(layer, nn.Embedding) and plain and layer not in shared
+            if own and home[f"{layer_name}.weight"] not in mine:
                 _look_up_nothing(layer)
         for parameter, stages in self.homes.items():
             if not stages & mine:
