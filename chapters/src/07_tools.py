@@ -718,7 +718,8 @@ def own_seconds(kernels):
     return found
 
 
-folder = Path(tempfile.mkdtemp())
+traces = tempfile.TemporaryDirectory()
+folder = Path(traces.name)
 answers = world.run(profiled_steps, folder)
 timeline, kernels, took = answers[1][0], [answer[1] for answer in answers], answers[1][2]
 shares = [own_seconds(some) for some in kernels]
@@ -1246,5 +1247,6 @@ assert gone and hasattr(transformers, "BertForSequenceClassification")
 
 # %%
 assert 512 // (8 * 8 * 2) == 4 and 1024 // 4 == 256
+traces.cleanup()
 storage.cleanup()
 world.close()

@@ -939,8 +939,8 @@ viz.show(drawing, alt + f"continuous batching {ends[1]:,}.")
 # Our guesser has counted which token follows which on the page, nothing more.
 #
 # **Your turn:** it is a loop around `run`, and one thing is easy to forget: what was guessed wrong is in the cache.
-# Think about it, or write it in a cell of your own, before you unfold ours. **Predict:** four guesses at a time, how
-# many tokens does a forward bring?
+# Write it before you unfold ours; the cell below ours compares the two. **Predict:** four guesses at a time, how many
+# tokens does a forward bring?
 
 # %%
 prediction = None  # tokens a forward
@@ -956,6 +956,12 @@ def guessed(row, ahead):
     for _ in range(ahead):
         found.append(follows[found[-1]])
     return torch.stack(found[1:])[None]
+
+
+# %%
+def my_speculative(model, row, count, ahead):
+    """The greedy tokens (1, count) behind row (1, T), and how many forwards they took."""
+    return None, 0  # your loop in place of this
 
 
 # %% jupyter={"source_hidden": true}
@@ -996,6 +1002,9 @@ def speculative_on_ranks():
 for tokens, forwards, calls in world.run(speculative_on_ranks):
     assert torch.equal(tokens, truth[:1]) and calls == 10 * forwards
 print(f"tp=4: the same tokens in {forwards} forwards, {calls} calls in place of {10 * 40}")
+tokens, forwards = my_speculative(loaded(), prompts[:1], 40, 4)
+wrote = "nothing yet" if tokens is None else "the same" if torch.equal(tokens, truth[:1]) else "other tokens"
+print(f"yours, the same row: {wrote}, {forwards} forwards")
 
 # %% [markdown] lang="en"
 # The same text, with four guesses in less than half of the forwards, by a guesser that knows nothing but pairs, on one
