@@ -243,12 +243,24 @@ def test_an_archive_with_other_files_is_refused(recordings, files, says):
     assert spoken_digits().labels == [0, 7]
 
 
-@pytest.mark.parametrize("content", [b"<html>", packed({"0_ada_0.wav": os.urandom(9000)})[:4000]])
+HALF = packed({"0_ada_0.wav": os.urandom(9000)})[:4000]
+GARBLED = bytearray(packed({"0_ada_0.wav": b"".join(b"%d," % i for i in range(9000))}))
+GARBLED[len(GARBLED) // 2 : len(GARBLED) // 2 + 256] = bytes(range(256))  # zlib cannot go on from there
+
+
+@pytest.mark.parametrize("content", [b"<html>", HALF, bytes(GARBLED)], ids=["page", "half", "garbled"])
 def test_what_is_no_archive_or_half_of_one_is_refused(recordings, content):
     recordings.files["/tar.gz/26eb9a"] = content
     with pytest.raises(NotAvailable, match="no such archive"):
         spoken_digits()
     assert kept() == {}
+
+
+def test_a_disk_that_takes_no_file_is_not_blamed_on_the_archive(recordings):
+    (datasets.cache() / "spoken_digits" / "7_bob_1.wav").mkdir(parents=True)
+    with pytest.raises(NotAvailable, match=r"[Dd]irectory") as problem:
+        spoken_digits()
+    assert "no such archive" not in str(problem.value)
 
 
 def test_names_in_an_archive_lead_to_no_other_place(recordings, tmp_path):

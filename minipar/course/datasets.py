@@ -12,6 +12,7 @@ from the network, the cache or `data_dir`, and a download that breaks off leaves
 """
 
 import ast
+import gzip
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ import tarfile
 import tempfile
 import warnings
 import wave
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -341,8 +343,10 @@ def _unpack(source: Source, folder: Path) -> None:
                     name = member.name.rpartition("/")[2]
                     if name in left and (file := archive.extractfile(member)):
                         _keep(file.read(), folder / name, left.pop(name))
-        except (tarfile.TarError, EOFError, OSError, ValueError) as problem:
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as problem:
             raise _not_available(source, source.url, f"what came is no such archive: {problem}") from problem
+        except OSError as problem:  # of the disk
+            raise _not_available(source, source.url, str(problem)) from problem
         if left:
             raise _not_available(source, source.url, f"{next(iter(left))} is not in it, nor {len(left) - 1} others")
 
@@ -351,7 +355,7 @@ def _keep(content: bytes, file: Path, wanted: str) -> None:
     digest = hashlib.sha256(content).hexdigest()
     if digest != wanted:
         raise ValueError(f"{file.name} in it has the SHA-256 {digest}, wanted is {wanted}")
-    part = file.with_suffix(".part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")  # another process may be at it, too
     part.write_bytes(content)
     part.replace(file)
 
