@@ -1,4 +1,4 @@
-"""What chapter 08b builds, where the chapter itself does not check it: private and secure sums at their edges."""
+"""What chapter 08b builds, where it has no check of its own: gaps in a text, private and secure sums at their edges."""
 
 import pytest
 import torch
@@ -13,7 +13,26 @@ from minipar.collectives import all_reduce
 def chapter() -> dict:
     """What is tested here. Nothing of the chapter is run on ranks."""
     hidden = "seeds_of_pairs", "masked_share", "mask", "uniformity", "STEP"
-    return defined("08b_trust_and_beyond", "network", "row_gradients", "clipped_sum", *hidden)
+    return defined("08b_trust_and_beyond", "surprise", "network", "row_gradients", "clipped_sum", *hidden)
+
+
+# -- a cloze without labels ----------------------------------------------------------------------------------------
+
+
+def test_the_surprise_by_a_text_is_that_of_its_tokens_alone(chapter):
+    """Here without padding, and one text at a time."""
+    weights = chapter["reader"](seed=3).state_dict()
+    texts = "return the shape of an array", "a tensor"
+    model = chapter["reader"]()
+    model.load_state_dict(weights)
+    for text, found in zip(texts, chapter["surprise"](weights, list(texts)), strict=True):
+        ids = torch.tensor(chapter["corpus"].tokenizer().encode(text).ids)
+        total = 0.0
+        for first in range(6):
+            gaps = torch.where(torch.arange(len(ids)) % 6 == first, chapter["MASK"], ids)
+            chances = model(gaps[None]).logits[0].log_softmax(-1)
+            total -= chances[range(len(ids)), ids][first::6].sum().item()
+        assert found.item() == pytest.approx(total / len(ids), rel=1e-5)
 
 
 # -- rows that are clipped -----------------------------------------------------------------------------------------
@@ -39,6 +58,11 @@ def test_no_row_moves_the_sum_by_more_than_the_bound(chapter):
         with_it = torch.cat([rows, size * torch.ones(1, 7).double()])
         moved = chapter["clipped_sum"](with_it, 1.5) - chapter["clipped_sum"](rows, 1.5)
         assert moved.isfinite().all() and moved.norm() <= 1.5 + 1e-9
+
+
+def test_without_a_bound_rows_are_just_added(chapter):
+    rows = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(chapter["clipped_sum"](rows, torch.inf), rows.sum(0))
 
 
 def test_a_rank_without_rows_adds_nothing(chapter):
