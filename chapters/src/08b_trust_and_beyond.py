@@ -1,9 +1,10 @@
 # %% [markdown] lang="en"
 # # Trust and beyond
 #
-# Three wishes and three worries end the document (8.2 to 8.4): models that learn without labels, that know pictures as
-# well as words, that are larger; and data that stays private, models that can be explained, models that can be steered.
-# It says of each that it is important. Here each gets something that runs on ranks, and a number. At the end you can
+# Three wishes and three worries end the document (8.2 to 8.4). The wishes: models that learn without labels, that know
+# pictures as well as words, that are larger. The worries: data that should stay private, models that nobody can explain
+# or steer. It says of each that it is important. Here each gets something that runs on ranks, and a number. At the end
+# you can
 #
 # - pretrain an encoder without labels, and find out whether it was worth it;
 # - write a loss that compares rows of different ranks, and prove its gradient;
@@ -17,7 +18,8 @@
 # and tests, 《大规模语言模型从理论到实践 混合并行》. Scale, which it names first, is [the chapter
 # before](08a_scale_and_serving.ipynb).
 #
-# **How to read it.** As before: write your prediction into the cell before you run it.
+# **How to read it.** As before: write your prediction into the cell before you run it. Numbers in the text are those of
+# the stored run. Where something is trained, your machine may give slightly others.
 #
 # ## Three questions on the chapters before
 #
@@ -298,7 +300,7 @@ told = ", ".join(f"{x:+.1f}" for x in gain)
 viz.show(drawing, f"Gain of pretraining in points. Single draws of rows: {told}; their mean {gain.mean():+.1f}.")
 
 # %% [markdown] lang="en"
-# What has it learned, then? It can be asked without any label. Take the first 16 words of each text, and the same words
+# What has it learned, then? It can be asked without any label. Take the first 8 words of each text, and the same words
 # shuffled. Hide every sixth token, then the next ones, until each has been hidden once, and add up the losses: how
 # surprised is it by the text? (Salazar et al. 2020 call this a pseudo-likelihood.) Who knows anything about order is
 # less surprised by the text than by its shuffle.
@@ -311,24 +313,23 @@ prediction = None  # a share; half would be chance
 
 @torch.no_grad()
 def surprise(weights, texts):
-    """For each text its mean loss, each token hidden once."""
+    """For each text the mean loss of its tokens, each of which is hidden once."""
     model, ids = reader(), as_batch(texts)["input_ids"]
     model.load_state_dict(weights)
-    mask, total = ids != PAD, torch.zeros(len(ids))
+    real, losses = ids != PAD, torch.zeros(ids.shape)
     for first in range(6):
-        hide = mask & (torch.arange(LENGTH) % 6 == first)
-        logits = model(input_ids=ids.masked_fill(hide, MASK), attention_mask=mask.long()).logits
-        total += F.cross_entropy(logits.transpose(1, 2), ids.masked_fill(~hide, -100), reduction="none").sum(1)
-    return total / mask.sum(1)
+        gaps = ids.clone()
+        gaps[:, first::6] = MASK
+        logits = model(gaps, real.long()).logits
+        losses[:, first::6] = F.cross_entropy(logits.mT, ids, reduction="none")[:, first::6]
+    return (losses * real).sum(1) / real.sum(1)
 
 
-draw, first_words = random.Random(0), [text.lower().split()[:16] for text in texts[judge[::2]]]
-orders = [" ".join(words) for words in first_words], [" ".join(draw.sample(words, len(words))) for words in first_words]
+draw, starts = random.Random(0), [text.lower().split()[:8] for text in texts[judge[::2]]]
+orders = [" ".join(words) for words in starts], [" ".join(draw.sample(words, len(words))) for words in starts]
 asked = two.run(lambda: surprise(pretrained, orders[here().rank]))  # a rank for the texts, one for the shuffles
-told_apart = (asked[0] < asked[1]).double().mean().item()
-print(
-    f"you wrote: {prediction}; less surprised by the text: {told_apart:.0%} (standard error {50 / 240**0.5:.0f} points)"
-)
+share, error = (asked[0] < asked[1]).double().mean().item(), 50 / 240**0.5
+print(f"you wrote: {prediction}; less surprised by the text: {share:.0%} (standard error {error:.0f} points)")
 
 # %% [markdown] lang="en"
 # So pretraining did not help here. It *cost* five points, in each of the six draws some, and counting words is ahead of
@@ -338,9 +339,8 @@ print(
 # - **Few questions.** A step asks for 15 percent of 32 × 48 tokens: 230 questions. The small GPT of section 5 has one
 #   for each of 32 × 64 tokens, 2,048, and 400 steps bring its loss to 3.2. The BERT's is at 4.9.
 # - **Little learned.** By counting single tokens one gets 5.26. What it has beyond that is not the order of *words*, as
-#   far as the last test shows. (A third of the texts are longer than 48 tokens, so text and shuffle are cut at
-#   different words there.) The order of tokens *inside* a word may be part of it: a shuffle of words keeps that. So may
-#   be which tokens go together in a text.
+#   far as the last test shows. The order of tokens *inside* a word may be part of it: a shuffle of words keeps that. So
+#   may be which tokens go together in a text.
 # - **Another text.** It has read Python's reference, and is asked about matplotlib, NumPy, PyTorch and three more. A
 #   start that fits something else can be worse than none.
 #
@@ -502,6 +502,8 @@ for way in WAYS:
     found[way] = value, error, angle, mine
     print(f"{way.__name__:12} loss {value:.4f}; gradient off by {error:7.1e} of its length, cosine {angle:.2f}")
 print("you wrote:", prediction)
+for kind, vectors in zip(("pictures", "captions"), F.normalize(pairs.detach(), dim=-1).unbind(1), strict=True):
+    print(f"mean cosine of two {kind}: {((vectors @ vectors.T).sum() - 16) / (16 * 15):.1f}")
 near = {way: abs(value - truth_of_loss.item()) < 1e-12 for way, (value, *_) in found.items()}
 assert [*near.values()] == [False, True, True, True]
 assert found[summed][1] < 1e-12 and all(found[way][1] > 0.3 for way in WAYS[:3])
@@ -589,7 +591,9 @@ with threadpool_limits(1):
     labeled = LogisticRegression(max_iter=1000).fit(pictures[:TRAIN], digits[:TRAIN]).score(shown[other], said[other])
 print("you wrote:", prediction)
 for way, right in zero_shot.items():
-    print(f"{way.__name__:12}", ", ".join(f"{s!r} {r:.1%}" for s, r in zip(NEW, right, strict=True)))
+    print(f"{way.__name__:12}", ", ".join(f"{s!r} {r:.1%}" for s, r in zip(NEW, right, strict=True)), end="; ")
+    losses = trained[way][0][1]
+    print(f"loss {losses[0]:.2f} at first, {np.mean(losses[-20:]):.2f} at the end")
 print(f"a classifier that is given the 1,300 labels: {labeled:.1%}")
 assert np.mean(zero_shot[summed]) > 0.9 and np.mean(zero_shot[no_gradient]) < np.mean(zero_shot[summed]) - 0.1
 
@@ -611,9 +615,10 @@ told = "; ".join(f"{n} {100 * np.mean(r):.0f}" for n, r in zip(names, zero_shot.
 viz.show(drawing, f"Percent of pictures whose nearest caption is right, three bars; dots: single sentences. {told}.")
 
 # %% [markdown] lang="en"
-# - **Gathered without a gradient is far behind**, though its loss was right to the last digit. Nothing stops. We looked
-#   at its losses once, with the same steps in one process: they end at 2.8, about ln 16, where the sum's end at 1.0.
-#   Who has only this run does not know what to expect. A comparison of gradients shows it before the first step.
+# - **Gathered without a gradient is far behind**, though its loss was right to the last digit. Nothing stops. Its
+#   losses fall from 3.5 to 2.8, about ln 16, where the sum's end at 1.0. Who has only this run sees a loss that falls,
+#   and does not know what to expect. (The local loss is no measure: among four pairs guessing has ln 4 = 1.39.) A
+#   comparison of gradients shows it before the first step.
 # - **Local negatives** lose some points. Their gradient is right, of another loss: that of 4 pairs and not of 16. (On
 #   two ranks, with 8 pairs each, we saw no difference.) More negatives are not better without end. There are ten
 #   digits, so of 16 pairs many have the same digit, and are pushed apart wrongly. CLIP was trained with 32,768 pairs a
@@ -761,9 +766,9 @@ assert all(rows < 1 + 1e-9 for rows, _ in moved) and moved[0][1] > 0.2 and moved
 # %% [markdown] lang="en"
 # With rows clipped, nobody counts more than 1, however strange: a twentieth of the sum. With the sum clipped, one row
 # of 131 moves it by a quarter of its length. If its gradient were a hundred times as large, the step would still have
-# length 1, and go where that row wants. (Two sums clipped to 1 can be 2 apart. Noise for that would drown a step of
-# length 1; it leaves one of length 19.) To bound a row, rows have to be clipped, one by one, before they are added.
-# That is why private training needs each row's gradient, which backward never makes.
+# length 1, and go where that row wants. (Two sums clipped to 1 can be 2 apart. Noise for that would stand against a
+# step of length 1, and noise for clipped rows against one of length 19.) To bound a row, rows have to be clipped, one
+# by one, before they are added. That is why private training needs each row's gradient, which backward never makes.
 #
 # ### On data ranks
 #
@@ -837,12 +842,12 @@ with warnings.catch_warnings():  # what torch says to opacus is not for us
 DELTA, SHARE, TIMES = 1e-4, 0.1, 100
 
 
-def epsilon(sigma, share=SHARE, steps=TIMES):
+def epsilon(sigma, share=SHARE, steps=TIMES, delta=DELTA):
     account = RDPAccountant()
     account.history = [(sigma, share, steps)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that its bound is not the tightest: it is a bound
-        return account.get_epsilon(DELTA)
+        return account.get_epsilon(delta)
 
 
 def by_hand(sigma, steps):
@@ -857,27 +862,33 @@ assert abs(epsilon(40, 1.0) / by_hand(40, TIMES) - 1) < 0.01 and epsilon(40) < e
 
 # %% [markdown] lang="en"
 # The library agrees. And drawing by lot is worth a great deal: whoever may not even have been drawn is harder to find.
-# (δ is $10^{-4}$ here. It should be well below one over the number of rows, or the promise would allow that one row is
-# simply published.)
 #
-# **Question.** At which ε is the network as good as without privacy: 0.25, 1, 4, 16? And how many of the forty wrong
-# labels does it know by heart, without privacy and with it?
+# How is δ chosen? Who publishes one of n rows, drawn at random, and nothing else, keeps the promise with an ε of 0 and
+# a δ of about 1/n. So δ has to be well below that. For our 1,300 rows it is $10^{-4}$, an eighth of 1/n; less is
+# better.
+#
+# Private training differs from ordinary training in three ways: few steps, clipping, noise. So we run it with four
+# amounts of noise, then without noise, then without noise and without clipping. The ordinary training beside it takes
+# 400 steps of Adam with all rows.
+#
+# **Question.** At which ε is the network as good as by ordinary training: 0.25, 1, 4, 16? And how many of the forty
+# wrong labels does it know by heart, after ordinary training and after private training?
 
 # %%
-prediction = None  # (ε, wrong labels known without, with)
+prediction = None  # (ε, wrong labels known after ordinary training, after private)
 
 
-def train_privately(sigmas, seed, x, y, others, rate=0.2):
-    """On two ranks: for each σ, the labels given to the rows and to others."""
+def train_privately(cases, seed, x, y, others, rate=0.2):
+    """On two ranks: for each case, a bound and σ, the labels given to the rows and to others."""
     found = []
-    for sigma in sigmas:
+    for bound, sigma in cases:
         model, lots = network(seed), torch.Generator().manual_seed(100 + seed)
         noise, speed = torch.Generator().manual_seed(200 + seed), 0.0
         axis, weights = connect(Mesh(dp=2))["dp"], nn.utils.parameters_to_vector(model.parameters())
         for step in range(TIMES):
             drawn = torch.rand(len(x), generator=lots) < SHARE
             mine = drawn & (torch.arange(len(x)) % axis.size == axis.index)
-            total = all_reduce(clipped_sum(row_gradients(model, x[mine], y[mine]), 1.0), axis)
+            total = all_reduce(clipped_sum(row_gradients(model, x[mine], y[mine]), bound), axis)
             total += sigma * torch.randn(total.shape, generator=noise)
             speed = 0.9 * speed + total / (SHARE * len(x))
             weights = weights.detach() - rate * min(1, 2 * (1 - step / TIMES)) * speed
@@ -899,70 +910,69 @@ def ordinarily(seed, x, y, others, steps=400):
 
 
 # %% seconds=240
-SIGMAS = 12.5, 3.75, 1.35, 0.67, 0.0
+SIGMAS = 12.5, 3.75, 1.35, 0.67
+CASES = {f"σ {sigma:4}, ε {epsilon(sigma):5.2f}": (1.0, sigma) for sigma in SIGMAS}
+CASES |= {"clipped, no noise": (1.0, 0.0), "not clipped, no noise": (torch.inf, 0.0)}
 x, y, held = pictures[:ROWS], private, digits[TRAIN:]
-runs = {sigma: [] for sigma in ("ordinary", *SIGMAS)}
+table = {name: [] for name in (*CASES, "ordinary, 400 steps")}
 for seed in range(3):
-    answers = two.run(train_privately, SIGMAS, seed, x, y, pictures[TRAIN:])[0]
-    for sigma, answer in zip(runs, (ordinarily(seed, x, y, pictures[TRAIN:]), *answers), strict=True):
-        by_heart = (answer[0][:WRONG] == y[:WRONG]).sum().item()
-        runs[sigma].append((100 * (answer[1] == held).double().mean().item(), by_heart))
+    answers = two.run(train_privately, [*CASES.values()], seed, x, y, pictures[TRAIN:])[0]
+    for found, (own, new) in zip(table.values(), (*answers, ordinarily(seed, x, y, pictures[TRAIN:])), strict=True):
+        by_heart = (own[:WRONG] == y[:WRONG]).sum().item()
+        found.append((100 * (new == held).double().mean().item(), by_heart))
+table = {name: np.array(found).T for name, found in table.items()}
 print("you wrote:", prediction)
-for sigma, found in runs.items():
-    right, known = np.array(found).T
-    name = sigma if sigma == "ordinary" else f"σ {sigma:4}, ε {epsilon(sigma):.2f}" if sigma else "clipped, no noise"
-    print(f"{name:18} {right.mean():.1f} percent right (from {right.min():.1f} to {right.max():.1f}),", end=" ")
-    print(f"wrong labels known: {known.mean():.0f} of {WRONG}")
+for name, (right, known) in table.items():
+    print(f"{name:21} {right.mean():.1f} percent right (from {right.min():.1f} to {right.max():.1f}),", end=" ")
+    print(f"wrong labels known: {known.mean():.0f} of {WRONG} ({known.min():.0f} to {known.max():.0f})")
 
 # %%
-drawing, (left, right_panel) = viz.figure(8, 3.1, columns=2)
-spent = [epsilon(sigma) for sigma in SIGMAS[:-1]]
-table = {sigma: np.array(found).T for sigma, found in runs.items()}
-for panel, part, color in ((left, 0, viz.PALETTE[5]), (right_panel, 1, viz.PALETTE[6])):
-    found = [table[sigma][part] for sigma in SIGMAS[:-1]]
-    panel.plot(spent, [f.mean() for f in found], "o-", color=color)
-    panel.fill_between(spent, [f.min() for f in found], [f.max() for f in found], color=color, alpha=0.2)
-    for kind, dashes in (("ordinary", "--"), (0.0, ":")):
-        panel.axhline(table[kind][part].mean(), ls=dashes, color=viz.LINE, lw=1.2)
-    panel.set(xscale="log", xlabel="ε spent (less is more private)")
-    panel.set_xticks([0.25, 1, 4, 16], ["0.25", "1", "4", "16"])
-    panel.minorticks_off()
-left.set(ylabel="percent right", ylim=(0, 105))
-right_panel.set(ylabel=f"wrong labels known, of {WRONG}", ylim=(-1, WRONG + 3))
-handles = [left.plot([], [], ls=ls, color=viz.LINE)[0] for ls in ("--", ":")]
-left.legend(handles, ["ordinary training", "clipped, no noise"], frameon=False, fontsize=9, loc="lower right")
-told = "; ".join(
-    f"ε {e:.2g}: {table[s][0].mean():.0f}, {table[s][1].mean():.0f}" for e, s in zip(spent, SIGMAS, strict=False)
+drawing, panels = viz.figure(8, 3.1, columns=2)
+names = [f"{epsilon(sigma):.2g}" for sigma in SIGMAS] + ["no\nnoise", "no\nclip", "400\nsteps"]
+for part, (panel, color) in enumerate(zip(panels, (viz.PALETTE[5], viz.PALETTE[6]), strict=True)):
+    found = np.array([both[part] for both in table.values()])
+    middle = found.mean(1)
+    edges = middle - found.min(1), found.max(1) - middle
+    panel.errorbar(range(7), middle, yerr=edges, fmt="o", color=color, capsize=4)
+    panel.axvline(3.5, color=viz.LINE, lw=1, ls=":")
+    panel.set_xticks(range(7), names, fontsize=9)
+    panel.set(xlabel="ε spent; right of the line nothing is promised", xlim=(-0.5, 6.5))
+panels[0].set(ylabel="percent right", ylim=(0, 105))
+panels[1].set(ylabel=f"wrong labels known, of {WRONG}", ylim=(-1, WRONG + 3))
+told = "; ".join(f"{name}: {right.mean():.0f}, {known.mean():.0f}" for name, (right, known) in table.items())
+viz.show(
+    drawing, f"Percent right, and wrong labels known of {WRONG}, each the mean and the range of three runs. {told}."
 )
-also = f"Ordinary training: {table['ordinary'][0].mean():.0f}, {table['ordinary'][1].mean():.0f}"
-viz.show(drawing, f"Percent right, and wrong labels known of {WRONG}, over ε on a logarithmic scale. {told}. {also}.")
 
 # %% [markdown] lang="en"
 # - **Ordinary training, for 400 steps, has all forty by heart.** Ask it for one of these pictures, and it gives the
 #   label that this row alone had.
-# - **Private training has none** at ε of 1 and more, and at 0.25 a few by chance: a network that is wrong in two thirds
-#   of the cases, over nine labels, hits about three of forty. At 16 and at 4 it is right nearly as often as without
-#   noise, and some two points less often than ordinary training. So at no ε here is it quite as good. Below 4 privacy
-#   costs more and more.
-# - **Clipping without noise** has none by heart, either. It makes no promise, though. That our test finds nothing shows
-#   what *this test* finds. An ε bounds all tests, also those that nobody has thought of.
-# - **The two trainings differ in more than privacy.** The ordinary one takes 400 steps of Adam with all rows, the
-#   private one 100 steps with a tenth of them. We ran these 100 steps once without clipping and without noise: 97 to 99
-#   percent right, and 0 to 3 of the forty known. So it is the long training that has them by heart. A short one knows
-#   next to none, private or not. And the fair price of privacy at ε 16 is some three points.
+# - **A hundred steps know next to none**, even without clipping and noise: none to three of the forty. And they are
+#   right as often as the 400, so few steps cost nothing here. (We let them go on once, to 1,000. Without clipping they
+#   had 39 or 40 by heart, with clipping none, and 98 percent were right. So it takes both: many steps, and rows that
+#   count as much as they like.)
+# - **Clipping costs three points.** A part of that is length: clipped steps are shorter, and the learning rate is the
+#   same for all. At twice the rate it was one and a half, when we tried.
+# - **Noise comes on top**: hardly anything at ε 16, a point at 4, nine at 1, and sixty at 0.25. So at no ε here is it
+#   quite as good as without. That 0.25 knows a few labels is chance: a network that is wrong in two thirds of the
+#   cases, over nine labels, hits about three of forty.
+# - **Clipping without noise makes no promise**, though it knows none of the forty. That shows what *this test* finds.
+#   An ε bounds all tests, also those that nobody has thought of.
 #
 # Is 4 little? An outcome may get $e^4$, that is 55 times as likely by one row. At 16 it is almost nine million times: a
 # promise of nearly nothing, though our forty labels are safe. And 1,300 rows are few. What would ten times as many
 # change, with the same number in a step?
 
 # %%
-print(f"σ 1.35, 130 rows a step: of 1,300 rows ε {epsilon(1.35):.2f}, of 13,000 rows ε {epsilon(1.35, SHARE / 10):.2f}")
-assert epsilon(1.35, SHARE / 10) < epsilon(1.35) / 4 and round(np.exp(4)) == 55 and 8e6 < np.exp(16) < 9e6
+more = partial(epsilon, 1.35, SHARE / 10)
+print(f"σ 1.35, 130 rows a step: of 1,300 rows ε {epsilon(1.35):.2f} at δ 1/10,000,", end=" ")
+print(f"of 13,000 rows ε {more():.2f} at the same δ, {more(delta=DELTA / 10):.2f} at δ 1/100,000")
+assert more() < more(delta=DELTA / 10) < epsilon(1.35) / 4 and round(np.exp(4)) == 55 and 8e6 < np.exp(16) < 9e6
 
 # %% [markdown] lang="en"
-# The noise of a step is the same, and as many rows stand against it. Who is one of many is harder to find. (δ is still
-# $10^{-4}$, and for 13,000 rows that is too much. At $10^{-5}$ ε is 0.59.) So private training asks for much data, and
-# for large batches, of which more stands out of the same noise: for many data ranks.
+# The noise of a step is the same, and as many rows stand against it. Who is one of many is harder to find. With ten
+# times the rows δ has to be a tenth, and that takes back a little of it: 0.59 is the number to compare. So private
+# training asks for much data, and for large batches, of which more stands out of the same noise: for many data ranks.
 #
 # (Is the count right? We asked the other library, too, once: for the four σ of the picture dp-accounting 0.6 gives the
 # same ε to three digits by the same way of counting, and 0.22, 0.88, 3.5 and 13.7 by its tightest one. So what stands
@@ -1107,11 +1117,12 @@ alt = (
 viz.show(drawing, alt)
 
 # %% [markdown] lang="en"
-# The chi-square of pure chance is about 255, and that of a gradient without masks is 611 thousand. The shares are all
-# near 255. But a test can only fail to find something. That there is nothing to be found is proven on paper, and the
-# proof is short: a number plus one that is equally likely to be any of $2^{64}$ is equally likely to be any of them,
-# whatever the number. It holds for true random masks. Ours come from a generator that can be guessed; a real one takes
-# a cryptographic generator, and agrees on seeds by an exchange of keys.
+# Chi-square adds up how far the counts of a byte's 256 values are from equal ones. That of pure chance is about 255,
+# that of a gradient without masks is 611 thousand. The shares are all near 255. But a test can only fail to find
+# something. That there is nothing to be found is proven on paper, and the proof is short: a number plus one that is
+# equally likely to be any of $2^{64}$ is equally likely to be any of them, whatever the number. It holds for true
+# random masks. Ours come from a generator that can be guessed; a real one takes a cryptographic generator, and agrees
+# on seeds by an exchange of keys.
 #
 # If ranks talk to each other about the others, they can take out the masks that they know. As long as a rank has one
 # partner that keeps silent, its share stays hidden; what the silent ones have *together* does not.
@@ -1335,7 +1346,7 @@ def spelled(token):
 
 
 ROW, PLACES = 3, range(30, 44)
-drawing, (panel,) = viz.figure(8, 2.9)
+drawing, (panel,) = viz.figure(8, 3.2)
 chances = torch.stack([chance[ROW, PLACES.start : PLACES.stop] for _, chance, _ in seen]).numpy()
 panel.imshow(chances, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", origin="lower")
 for height, (token, _, _) in enumerate(seen):
@@ -1345,7 +1356,8 @@ for height, (token, _, _) in enumerate(seen):
         panel.text(x, height, text, ha="center", va="center", fontsize=9, weight="bold" if right else "normal")
 panel.set_xticks(range(len(PLACES)), [spelled(tokens[ROW, place].item()) for place in PLACES])
 panel.set_yticks(range(5), ["embedding", *(f"block {block}" for block in range(4))])
-panel.set(xlabel="token read; above it, what would come next, block by block (bold: it does)")
+signs = "· is a space, ↵ the end of a line, ·×16 sixteen spaces"
+panel.set(xlabel=f"token read; above it, what would come next, block by block (bold: it does)\n{signs}")
 panel.tick_params(length=0)
 hits = [(token == targets).double().mean().item() for token, *_ in seen]
 told = ", ".join(f"{hit:.0%}" for hit in hits)
@@ -1355,9 +1367,9 @@ assert seen[-1][2] < seen[0][2] and hits[-1] > hits[0]
 
 # %% [markdown] lang="en"
 # Nearly all is done by block 0: it brings the tokens that are right from 11 percent to 27, and the three others add two
-# together. What the lens reads changes little from then on. What comes after "ate" is right from the start, and likely
-# (dark) from block 0 on; after "the" it stays open. And block 3 loses one that the blocks before it had right, "ate"
-# after "re". (In the picture · is a space, ↵ the end of a line, and ·×16 is 16 spaces.)
+# together. What the lens reads changes little from then on. In the stored picture what comes after "ate" is right from
+# the start, and likely (dark) from block 0 on; after "the" it stays open. And block 3 loses one that the blocks before
+# it had right, "ate" after "re".
 #
 # **What is not shown:** that the model "thinks" what the lens reads. Norm and head were trained for the last block, and
 # are applied to streams that they never saw (Belrose et al. 2023 train a lens for each block, for that reason).
