@@ -35,6 +35,7 @@ SLOW = 60.0  # the same where all have come to their call, and only bytes may be
 SURE = 2.0  # seconds for which a rank's stack must not change to be taken as waiting
 REST = 0.2  # the same once a rank has failed
 GRACE = 1.0  # seconds at most that the others get to come to rest once a rank has failed
+LEAVE = 0.5  # seconds at most that ranks without a job get to end by themselves
 # Where in torch a rank may wait for others in C++: collectives, and backward passes with DDP's hooks.
 WAITS = tuple(f"{TORCH}{folder}" for folder in ("distributed/", "autograd/", "nn/parallel/", "_ops.py"))
 
@@ -83,6 +84,7 @@ class Member:
         args = seat, jobs, control, out, err
         self.process = context.Process(target=live, args=args, name=f"rank {seat.rank}", daemon=True)
         self.process.start()
+        self.free = False  # whether it waits for a job
         for end in (jobs, control, out, err):
             end.close()
 
@@ -162,6 +164,7 @@ class Crew:
     def send(self, job: memoryview) -> None:
         """Give every rank the same job."""
         for member in self.members:
+            member.free = False
             with suppress(BrokenPipeError):  # it has ended, as `listen` will see
                 member.jobs.send_bytes(job)
 
@@ -196,6 +199,7 @@ class Crew:
         try:
             if jobs.poll():
                 ended[rank] = travel.loads(jobs.recv_bytes())
+                self.members[rank].free = True
         except (EOFError, OSError):  # its process has ended; the sentinel will say how
             if jobs in self.events.get_map():
                 self.events.unregister(jobs)
@@ -238,6 +242,11 @@ def _end(owner: int, members: list[Member], events: selectors.BaseSelector, fold
     if os.getpid() != owner:  # a fork of the caller does not own the ranks
         return False
     events.close()
+    free, stop = [member for member in members if member.free], time.monotonic() + LEAVE
+    for member in free:
+        member.jobs.close()  # it ends by itself then, and gives back to the system what it has of it
+    for member in free:
+        member.process.join(max(0.0, stop - time.monotonic()))
     for member in members:
         member.kill()
     for member in members:

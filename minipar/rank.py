@@ -178,7 +178,7 @@ def live(seat: Seat, jobs: Connection, control: Connection, out: Connection, err
         try:
             job = jobs.recv_bytes()
         except EOFError:
-            os._exit(0)
+            return
         board.begin()
         answer = _answer(job)
         sys.stdout.flush()

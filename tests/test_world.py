@@ -279,6 +279,25 @@ def test_a_script_needs_no_guard_and_runs_once(tmp_path: Path) -> None:
     assert gone([int(pid) for pid in pids.split()]), "the last world was never closed, but the script has ended"
 
 
+def test_a_lock_of_several_processes_that_a_rank_holds_is_given_back(tmp_path: Path) -> None:
+    """tqdm makes one for each bar's line. Python's tracker of resources complains of those that are left at the end."""
+    path = script(
+        tmp_path,
+        """
+        import multiprocessing
+        from minipar import World
+
+        def hold():
+            multiprocessing.kept = multiprocessing.RLock()
+
+        with World(2) as world:
+            world.run(hold)
+        """,
+    )
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    assert not done.stderr
+
+
 def test_a_killed_caller_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     path = script(
         tmp_path,
