@@ -85,7 +85,8 @@ viz.show(draw_digits(range(20, 30)), "Ten handwritten digits of 8 × 8 pixels, 0
 # third of the file is by other people than the first two.
 #
 # **Question.** A [support vector machine](https://scikit-learn.org/stable/modules/svm.html) compares each picture with
-# those it has learned from. What does it reach on shuffled rows, and what on the last 597 of the file?
+# those it has learned from. What does it reach on shuffled rows, and what on the last 597 of the file? One shuffle may
+# be lucky, so take twenty.
 
 # %%
 prediction = None  # (shuffled, in the order of the file), in percent
@@ -105,18 +106,26 @@ def correct(model, learn, judge):
         return model.predict(flat[judge]) == labels[judge].numpy()
 
 
-shuffled = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+# %%
 in_order = torch.arange(1797)
+reached, late = [], []
+for seed in range(20):
+    rows = torch.randperm(1797, generator=torch.Generator().manual_seed(seed))
+    found = correct(svm(), rows[:LEARN], rows[LEARN:])
+    reached.append(found.mean())
+    late.append(found[rows[LEARN:].numpy() >= LEARN].mean())  # of the last 597, those that are judged by
+last = correct(svm(), in_order[:LEARN], in_order[LEARN:]).mean()
 print("you wrote:", prediction)
-reached = {}
-for how, rows in (("shuffled", shuffled), ("in order", in_order)):
-    reached[how] = correct(svm(), rows[:LEARN], rows[LEARN:]).mean()
-    print(f"{how}: {reached[how]:.1%}")
-assert reached["shuffled"] > 0.98 and reached["in order"] < 0.97
+print(f"shuffled: {np.mean(reached):.1%} (20 shuffles, from {min(reached):.1%} to {max(reached):.1%})")
+print(f"  of that, rows from the last third of the file: {np.mean(late):.1%}")
+print(f"in order: {last:.1%}")
+assert min(reached) > last and np.mean(late) > last + 0.01
 
 # %% [markdown] lang="en"
-# Shuffled, it makes 1 error in a hundred rows; in order, 3 to 4. That fits the guess that the last rows are by other
-# people. The lower number is nearer to what a new writer will see, so it is ours from here on. (It is
+# Shuffled, it makes 1 error in a hundred rows; in order, 3 to 4, which is worse than in any of the twenty shuffles. Are
+# the last rows just harder to read? A little: shuffled, 98.3 percent of them are right. The rest of the loss comes from
+# not having learned from their neighbors in the file. That fits the guess that they are by other people. The lower
+# number is nearer to what a new writer will see, so it is ours from here on. (It is
 # [leakage](../docs/glossary.md#leakage) again, in a mild form. Ask of any published number for these digits which of
 # the two it is.)
 #
@@ -141,10 +150,10 @@ def wilson(right, rows, z=1.96):
     return center - half, center + half
 
 
-low, high = wilson(reached["in order"] * 597, 597)
-print(f"{reached['in order']:.1%}, from {low:.1%} to {high:.1%}")
+low, high = wilson(last * 597, 597)
+print(f"{last:.1%}, from {low:.1%} to {high:.1%}")
 for end in (low, high):  # both are exactly 1.96 standard deviations away
-    assert math.isclose(abs(reached["in order"] - end), 1.96 * math.sqrt(end * (1 - end) / 597))
+    assert math.isclose(abs(last - end), 1.96 * math.sqrt(end * (1 - end) / 597))
 assert low < 0.95 and math.isclose(wilson(597, 597)[1], 1) and abs(wilson(0, 10)[0]) < 1e-12
 
 # %% [markdown] lang="en"
@@ -300,7 +309,7 @@ truth = gradients_alone(
     classifier, lambda out, y: F.cross_entropy(out.logits, y), seen[order[0]], labels[:LEARN][order[0]]
 )
 
-# %%
+# %% seconds=120
 trained, losses, logits = {}, {}, {}
 for mesh in (Mesh(dp=2), Mesh(tp=2)):
     began = time.perf_counter()
@@ -390,7 +399,8 @@ assert behind < 0.001 < 0.1 < level
 #
 # ### What it has learned about places
 #
-# **Question.** We shuffle the 16 patches of each test picture, all in the same way. What is left of the accuracy?
+# **Question.** We shuffle the 16 patches of each test picture, all pictures in the same way. What is left of the
+# accuracy? (Ten ways, since one may be nearly the old order.)
 
 # %%
 prediction = None  # in percent
@@ -401,15 +411,17 @@ def accuracy(model, inputs):
         return (model(inputs).logits.argmax(1) == labels[LEARN:]).double().mean().item()
 
 
-def mixed(inputs):
+def mixed(inputs, seed=0):
     """The same patches in other places."""
     patches = F.unfold(inputs, PATCH, stride=PATCH)  # (rows, 4, 16)
-    places = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    places = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
     return F.fold(patches[..., places], (SIDE, SIDE), PATCH, stride=PATCH)
 
 
+# %%
 model = trained[Mesh(dp=2)]
-print(f"you wrote: {prediction} - patches shuffled: {accuracy(model, mixed(unseen)):.0%}")
+left = [accuracy(model, mixed(unseen, seed)) for seed in range(10)]
+print(f"you wrote: {prediction} - patches shuffled: {np.mean(left):.0%}, from {min(left):.0%} to {max(left):.0%}")
 positions = model.vit.embeddings.position_embeddings
 with torch.no_grad():
     kept = positions.clone()
@@ -417,10 +429,11 @@ with torch.no_grad():
     blind = [model(x).logits for x in (unseen, mixed(unseen))]
     positions.copy_(kept)
 print(f"without position embeddings both orders give the same: {(blind[0] - blind[1]).abs().max():.0e}")
-assert (blind[0] - blind[1]).abs().max() < 1e-12 and accuracy(model, mixed(unseen)) < 0.5 < vit.mean()
+assert (blind[0] - blind[1]).abs().max() < 1e-12 and max(left) < 0.5 < vit.mean()
 
 # %% [markdown] lang="en"
-# With the patches in other places 92 percent fall to 16, and 10 would be guessing: the order is nearly all that counts.
+# With the patches in other places 92 percent fall to 12, the mean of ten ways, and 10 would be guessing: the order is
+# nearly all that counts.
 # Without its position embeddings the model gives the *same* logits for a picture and for its shuffled patches: it sees
 # a bag of patches. (How good a model is that was trained without them is another question.)
 #
@@ -610,7 +623,7 @@ def draw_overlap(right, down):
     return viz.describe(drawing, text)
 
 
-explore(draw_overlap, right=[0, 1, 2, 4, 8], down=[0, 2, 4])
+explore(draw_overlap, right=range(2, 9), down=range(5))
 
 # %% [markdown] lang="en"
 # ## 6. Two baselines
@@ -821,7 +834,7 @@ assert on_digit(box(8, 4, 16, 12)[None]).view(6, 6)[1:3, 2:4].eq(0.25).all()  # 
 #
 # **Predict:** does the detector beat the brightest window? The templates?
 
-# %%
+# %% seconds=180
 prediction = None
 
 STEPS = 900
@@ -847,7 +860,7 @@ def train_detector(mesh, **options):
 
 train_detector(Mesh(dp=2))
 
-# %%
+# %% seconds=180
 train_detector(Mesh(pp=2), microbatches=2)
 
 # %%
@@ -861,9 +874,9 @@ print(f"the boxes of the two layouts differ by {(one - other).abs().max():.0e} p
 
 # %% [markdown] lang="en"
 # Equal again, and on our machine to the last bit: the two microbatches of the pipeline are the same rows as those of
-# the two data ranks, and two numbers have one sum, whichever comes first. The pipeline took longer, 106 seconds for 66
-# in the run that is stored here. With two stages and two microbatches a third of its time is
-# [bubble](../docs/glossary.md#bubble), which alone makes a factor of 1.5.
+# the two data ranks, and two numbers have one sum, whichever comes first. The pipeline took longer. With two stages and
+# two microbatches a third of its time is [bubble](../docs/glossary.md#bubble), which alone makes a factor of 1.5 where
+# each rank has a core of its own. (In the run that is stored here cores had other work, which fills such gaps.)
 #
 # Is the detector better than the templates, and by more than luck? The same test as above, on the same canvases: where
 # does only one of the two have an IoU above 0.5?
