@@ -17,7 +17,7 @@
 # that this course follows and tests, 《大规模语言模型从理论到实践 混合并行》.
 #
 # **How to read it.** As before: write your prediction into the cell before you run it. Training shows a progress bar,
-# and takes a few minutes in all: three in the stored run, on a machine that had other work. Nothing is
+# and takes a few minutes in all: two and a half in the stored run, on a machine that had other work. Nothing is
 # downloaded unless you say so, once `make setup` has run.
 #
 # ## Three questions on the chapters before
@@ -108,7 +108,7 @@ ON = "docstrings" if classes == 6 else "film reviews"
 LABELS = {"docstrings": 192, "film reviews": 768}[ON]
 print(f"{len(labels):,} rows, {classes} classes: {', '.join(data.names)}")
 for row in (10, len(labels) - 10):
-    print(textwrap.fill(f"- {data.names[labels[row]]}: {data.texts[row]}", 110, max_lines=2, subsequent_indent="  "))
+    print(textwrap.fill(f"- {data.names[labels[row]]}: {data.texts[row]}", 90, max_lines=2, subsequent_indent="  "))
 
 # %% [markdown] lang="en"
 # The document imports `train_test_split`, which shuffles rows and cuts. Rows of one file are alike, so whole files have
@@ -406,7 +406,7 @@ def optimizer_for(model):
 # %% seconds=180
 def bar(batches, name):
     """Progress on the screen, from rank 0."""
-    return tqdm(batches, desc=name, file=sys.stdout, ncols=100, mininterval=1, disable=here().rank > 0)
+    return tqdm(batches, desc=name, file=sys.stdout, ncols=80, mininterval=1, disable=here().rank > 0)
 
 
 def alone(training, judged):
@@ -684,7 +684,7 @@ plain.config.id2label = dict(enumerate(names))
 ask = transformers.pipeline("text-classification", model=plain, tokenizer=tokenizer)
 questions = ["Draw a histogram with logarithmic bins on these axes.", "Solve a sparse linear system.", data.texts[-1]]
 for question, found in zip(questions, ask(questions, truncation=True, max_length=32), strict=True):
-    print(f"{found['label']:13} {found['score']:.0%}   {textwrap.shorten(question, 80)}")
+    print(f"{found['label']:13} {found['score']:.0%}   {textwrap.shorten(question, 70)}")
 print(f"{(folder / 'pretrained' / 'model.safetensors').stat().st_size / 1e6:.0f} MB of weights")
 scratch.cleanup()
 
