@@ -830,12 +830,12 @@ def nudged():
 
 
 print("you wrote:", prediction)
-apart = {}
+apart, steps = {}, (1, 50, 100, 200, 300)
+print(f"{'loss, apart from pp=2':24} step", *(f"{n:6}" for n in steps))
 for name, make, mesh in ("dp=2", translator, Mesh(dp=2)), ("pp=2, one weight nudged", nudged, Mesh(pp=2)):
     again = two.run(train, make, mesh, batches, 5e-3, lambda model: None, 300)[0][0]
     apart[name] = np.abs(np.subtract(losses[:300], again))
-    steps = ", ".join(f"step {n} {apart[name][n - 1]:.0e}" for n in (1, 50, 100, 200, 300))
-    print(f"{name:24} against pp=2: {steps}")
+    print(f"{name:29}", *(f"{apart[name][n - 1]:6.0e}" for n in steps))
     assert apart[name][:10].max() < 1e-12 < apart[name][-1]
 
 # %%
