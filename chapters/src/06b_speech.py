@@ -90,8 +90,8 @@ print(len(WORDS), "words:", *WORDS)
 RATE = 8000  # numbers a second
 
 
-def speak(word, group, own, draw):
-    """Samples of a word. own: factors of this voice to F0, F1, F2, F3."""
+def speak(word, group, own, draw, part=1):
+    """Samples of a word. own: factors of this voice to F0, F1, F2, F3. All have the same peak in this first part."""
     time = np.linspace(0, 1, int(RATE * draw.uniform(0.28, 0.45)))
     first, second = (np.array(AVERAGES[v][group]) * own * draw.normal(1, 0.03, 4) for v in word.split("-"))
     glide = 1 / (1 + np.exp(-14 * (time - 0.5)))[:, None]
@@ -104,18 +104,19 @@ def speak(word, group, own, draw):
         loudness = loudness * center**2 / np.sqrt((center**2 - frequency**2) ** 2 + (width * frequency) ** 2)
     sound = (loudness * np.sin(multiples * 2 * np.pi * np.cumsum(pitch) / RATE)).sum(0)
     sound *= np.minimum(1, np.minimum(time, 1 - time) / 0.06)  # no click at the ends
-    return sound / (2 * abs(sound).max()) + draw.normal(0, 0.5 * 10 ** (-25 / 20), len(time))
+    peak = abs(sound[: int(part * len(sound))]).max()
+    return sound / (2 * peak) + draw.normal(0, 0.5 * 10 ** (-25 / 20), len(time))
 
 
 # %%
-def made_words():
+def made_words(part=1):
     """20 voices say each word three times."""
     draw, made = np.random.default_rng(0), datasets.Recordings([], [], [], RATE)
     for voice in range(20):
         own = np.array([draw.normal(1, 0.1), *draw.normal(1, 0.06) * draw.normal(1, 0.02, 3)])
         for label, word in enumerate(WORDS):
             for _ in range(3):
-                made.waves.append(speak(word, voice % 3, own, draw).astype(np.float32))
+                made.waves.append(speak(word, voice % 3, own, draw, part).astype(np.float32))
                 made.labels.append(label)
                 made.speakers.append(f"{GROUPS[voice % 3]} {voice // 3 + 1}")
     return made
@@ -252,9 +253,11 @@ print(f"{len(rows)} rows, {lengths.min()} to {lengths.max()} tokens of 20 ms, {r
 #
 # ### First the test
 #
-# A third of the speakers is kept for the test. The **[baseline](../docs/glossary.md#baseline)** takes the mean of all
-# frames of a recording, 40 numbers, and fits a logistic regression. A better one takes three means, of the first third,
-# the second and the last.
+# A third of the speakers is kept for the test. The others leave one take of each word. So there are two tests: words of
+# strange voices, and new takes of voices that a model knows. All else is to learn from.
+#
+# The **[baseline](../docs/glossary.md#baseline)** takes the mean of all frames of a recording, 40 numbers, and fits a
+# logistic regression. A better one takes three means, of the first third, the second and the last.
 #
 # **Question.** What do they reach on voices that they have never heard? And if recordings are divided at random?
 
@@ -262,8 +265,12 @@ print(f"{len(rows)} rows, {lengths.min()} to {lengths.max()} tokens of 20 ms, {r
 prediction = None  # (mean, thirds) by speaker, (mean, thirds) at random
 
 kept = speakers[::3]
-strange = np.array([speaker in kept for speaker in data.speakers])
-at_random = np.random.default_rng(0).permutation(strange)
+last_take = {(s, w): row for row, (s, w) in enumerate(zip(data.speakers, data.labels, strict=True))}
+takes = np.array([row for (speaker, _), row in last_take.items() if speaker not in kept])
+strange = np.array([row for row, speaker in enumerate(data.speakers) if speaker in kept])
+known = np.setdiff1d(np.arange(len(rows)), np.concatenate([strange, takes]))  # to learn from
+shuffled = np.random.default_rng(0).permutation(np.concatenate([known, strange]))
+divisions = {"by speaker": (known, strange), "at random": np.split(shuffled, [len(known)])}
 
 
 def means(parts):
@@ -272,41 +279,43 @@ def means(parts):
     return np.array([np.concatenate([part.mean(0) for part in np.array_split(f, parts)]) for f in frames])
 
 
-def regression(parts, judge):
-    """Which rows that are to be judged come out right."""
-    model, features = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)), means(parts)
+def regression(features, labels, learn, judge):
+    """What the rows that are to be judged are taken for."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     with threadpool_limits(1):
-        found = model.fit(features[~judge], labels[~judge]).predict(features[judge])
-    return found == labels[judge].numpy()
+        return model.fit(features[learn], labels[learn]).predict(features[judge])
 
 
 # %%
 def told(right):
     """Percent right, with one standard error."""
     share = np.mean(right)
-    return f"{100 * share:5.1f} ± {100 * (share * (1 - share) / len(right)) ** 0.5:.1f} percent right"
+    return f"{100 * share:5.1f} ± {100 * (share * (1 - share) / len(right)) ** 0.5:.1f}"
 
 
 print("you wrote:", prediction)
-simple = {}
+simple, reverse = {}, np.array([WORDS.index("-".join(word.split("-")[::-1])) for word in WORDS])
 for parts, how in ((1, "one mean"), (3, "three means")):
-    for judge, divided in ((strange, "by speaker"), (at_random, "at random")):
-        simple[how, divided] = regression(parts, judge)
-        print(f"{how:11}, divided {divided}: {told(simple[how, divided])}")
+    for divided, (learn, judge) in divisions.items():
+        found, wanted = regression(means(parts), labels.numpy(), learn, judge), labels[judge].numpy()
+        simple[how, divided] = right = found == wanted
+        either = "" if RECORDINGS else f", {told(right | (reverse[found] == wanted))} the word or its reverse"
+        print(f"{how:11}, divided {divided}: {told(right)} percent right{either}")
+wrong, times = np.unique(np.array(data.speakers)[strange][~simple["three means", "by speaker"]], return_counts=True)
+print("errors of three means:", ", ".join(f"{n} of {who}" for who, n in zip(wrong, times, strict=True)))
 expect(np.mean(simple["one mean", "by speaker"]) < np.mean(simple["one mean", "at random"]) - 0.05)
 expect(np.mean(simple["one mean", "by speaker"]) < 0.65 and np.mean(simple["three means", "by speaker"]) > 0.9)
 
 # %% [markdown] lang="en"
 # - **One mean** is right about half of the time on strange voices. A word and its reverse are the same sounds, so they
-#   have nearly the same mean. It finds the two, and guesses between them: 91 percent of its answers are the word or its
-#   reverse. (With voices that it knows 99 percent are, and it guesses better.)
+#   have nearly the same mean. It finds the two, in nine of ten cases, and guesses between them.
 # - **Three means** know what came first. For words like these that is nearly enough.
-# - **At random** is kinder than by speaker, for the same model on the same sounds: by 20 points with one mean. With
-#   three means the difference, 1.4 points, is within the errors. A user's voice is not among those that were learned
-#   from, so the test by speaker is the one that counts. On recordings, of six speakers, the difference is a chasm: with
-#   `RECORDINGS` three means are right for 95.5 percent at random, and for 45.0 by speaker.
+# - **At random** is kinder than by speaker, for the same model on the same sounds: by 9 points with one mean, by 3 with
+#   three. Each is about twice its error. A user's voice is not among those that were learned from, so the test by
+#   speaker is the one that counts. On recordings, of six speakers, the difference is a chasm: with `RECORDINGS` three
+#   means are right for 96.0 percent at random, and for 47.0 by speaker.
 # - **±** is one standard error, as if the 210 rows had nothing to do with each other. But they are of seven voices, and
-#   rows of one voice tend to go wrong together: of the five errors of three means, three are of one man. So by speaker
+#   rows of one voice tend to go wrong together: of the eight errors of three means, five are of one man. So by speaker
 #   the true error is probably larger.
 #
 # ### A model that listens
@@ -395,7 +404,6 @@ def drawn(rows, steps, size=32):
     return [torch.tensor(draw.choice(rows, size, replace=False)) for _ in range(steps)]
 
 
-known = np.flatnonzero(~strange)
 real = torch.arange(LENGTH) < lengths[:, None]  # what is not padding
 center, spread = raw[known][real[known]].mean(0), raw[known][real[known]].std(0)
 frames = (raw - center) / spread
@@ -417,12 +425,10 @@ for world, mesh in (two, Mesh(tp=2)), (two, Mesh(pp=2)), (four, Mesh(dp=2, tp=2)
 # %% [markdown] lang="en"
 # The law holds on four layouts, up to rounding. Now the loop.
 #
-# **Question.** 200 steps of 32 rows. What does it reach on strange voices? Does it beat three means?
+# **Question.** 400 steps of 32 rows. What does it reach on strange voices? Does it beat three means?
 
 # %%
 prediction = None  # percent
-
-judge = torch.tensor(np.flatnonzero(strange))
 
 
 def opinions(model):
@@ -430,11 +436,8 @@ def opinions(model):
     return model({"frames": frames}), model.full_state_dict()
 
 
-heard = {}
-for mesh in (Mesh(dp=2), Mesh(tp=2)):
-    arguments = recognizer, mesh, {"frames": frames}, words_at_each, drawn(known, 200), cross_entropy, 2e-3, opinions
-    losses, heard[mesh] = two.run(train, *arguments)[0]
-logits, _ = heard[Mesh(dp=2)]
+lesson = {"frames": frames}, words_at_each, drawn(known, 400), cross_entropy, 2e-3, opinions
+losses, (logits, _) = two.run(train, recognizer, Mesh(dp=2), *lesson)[0]
 
 
 def answer(logits, lengths):
@@ -444,21 +447,26 @@ def answer(logits, lengths):
 
 
 answers = answer(logits, lengths)
-right = (answers == labels)[judge].numpy()
-# %%
-print("you wrote:", prediction)
-print("three means:    ", told(simple["three means", "by speaker"]))
-print("the recognizer: ", told(right), "- of the voices that it knows:", told((answers == labels)[known].numpy()))
+right = (answers == labels)[strange].numpy()
 
 # %%
-others = heard[Mesh(tp=2)][0]
+print("you wrote:", prediction)
+print("percent right on strange voices")
+print("  three means:       ", told(simple["three means", "by speaker"]))
+print("  the recognizer:    ", told(right))
+print("and on other takes by the voices that it knows:", told((answers == labels)[takes].numpy()))
+
+# %%
+losses, (others, _) = two.run(train, recognizer, Mesh(tp=2), *lesson)[0]
 print(f"logits on dp=2 and tp=2 differ by {(logits - others).abs().max():.0e}")
 assert (logits - others).abs().max() < 1e-6 and (answer(others, lengths) == answers).all()
 
 # %% [markdown] lang="en"
-# After 200 steps, too, the two layouts differ by rounding only, and give the same answers.
+# After 400 steps, too, the two layouts differ by rounding only, and give the same answers.
 #
-# It knows its own voices almost by heart, and strange ones much less well. Three means, 120 numbers a row, are better.
+# It understands new takes of the voices that it knows, and strange voices much less well. There three means, 120
+# numbers a row, are better.
+#
 # Perhaps it lacks voices: it has heard 13 of them. More can be had for nothing. A smaller head has all its formants
 # higher by about the same factor. On a logarithmic scale that is a shift, and well above 700 Hz the mel scale is nearly
 # logarithmic: at 1,000 Hz one band is 8 percent, at 3,000 Hz 6. So take each row five times, moved by −2, −1, 0, 1 and
@@ -466,10 +474,13 @@ assert (logits - others).abs().max() < 1e-6 and (answer(others, lengths) == answ
 # sound: *vocal tract length perturbation*.) To make more rows of those that one has is called
 # **[augmentation](../docs/glossary.md#augmentation)**.
 #
-# **Question.** 400 steps on such rows. Strange voices: better, worse, as before? And its own?
+# All else stays as it was: the model, 400 steps of 32 rows, the rates. So what changes comes from the moved rows, and
+# not from more steps.
+#
+# **Question.** Strange voices: better, worse, as before? And new takes of known ones?
 
 # %%
-prediction = None  # (percent of strange voices, percent of its own)
+prediction = None  # (percent of strange voices, percent of known ones)
 
 
 def moved(raw, bands):
@@ -481,19 +492,21 @@ def moved(raw, bands):
 # %%
 more = torch.cat([(moved(raw[known], bands) - center) / spread for bands in (-2, -1, 0, 1, 2)])
 labels_of_more = words_at_each[known].repeat(5, 1)
-lesson = {"frames": more}, labels_of_more, drawn(len(more), 400), cross_entropy, 2e-3
-losses, (logits, ears) = two.run(train, recognizer, Mesh(dp=2), *lesson, opinions)[0]
+lesson = {"frames": more}, labels_of_more, drawn(len(more), 400), cross_entropy, 2e-3, opinions
+losses, (logits, ears) = two.run(train, recognizer, Mesh(dp=2), *lesson)[0]
 answers = answer(logits, lengths)
-augmented = (answers == labels)[judge].numpy()
+augmented = (answers == labels)[strange].numpy()
 print("you wrote:", prediction)
-print("three means:        ", told(simple["three means", "by speaker"]))
-print("as they are:        ", told(right))
-print("moved up and down:  ", told(augmented), "- of its own:", told((answers == labels)[known].numpy()))
+print("percent right on strange voices")
+print("  three means:       ", told(simple["three means", "by speaker"]))
+print("  as they are:       ", told(right))
+print("  moved up and down: ", told(augmented))
+print("and on other takes by the voices that it knows:", told((answers == labels)[takes].numpy()))
 expect(augmented.mean() > right.mean())
 
 # %%
 confusion = np.zeros((10, 10), int)
-for said, understood in zip(labels[judge], answers[judge], strict=True):
+for said, understood in zip(labels[strange], answers[strange], strict=True):
     confusion[said, understood] += 1
 drawing, (panel,) = viz.figure(6, 4)
 panel.imshow(confusion, cmap="Blues", vmax=1.5 * confusion.max())
@@ -509,17 +522,14 @@ viz.show(
 )
 
 # %% [markdown] lang="en"
-# With moved rows it goes from 84.8 to 99.5 percent, one error in 210 rows, and it is the same model. We knew a change
-# that leaves the word what it was. Two things to be careful about:
+# With moved rows it goes from 84.8 to 96.7 percent, and it is the same model after as many steps. We knew a change that
+# leaves the word what it was. With three means it is level: it is ahead by one row of 210. (And the three means could
+# be given moved rows, too. Try it.)
 #
-# - The steps are 400 now, and were 200. It knew its rows almost by heart before, so more steps on the same ones promise
-#   little. To be sure, run them: `drawn(known, 400)` in the first training.
-# - Against three means it is ahead by four rows of 210. That is not enough to call it better. (And the three means
-#   could be given moved rows, too. Try it.)
-#
-# Do not expect that everywhere. On the recordings the recognizer got 50.5 percent of two strange voices as they are and
-# 44.0 with moved rows, each ± 3.5, and knew its own four by heart. Four voices are few, and recordings differ in more
-# than the size of a head: in microphones, rooms and accents.
+# Do not expect such a gain everywhere. On the recordings the recognizer got 46.0 percent of two strange voices as they
+# are and 50.5 with moved rows, each ± 3.5: too little to call it a gain. And of 40 new takes of the four voices that it
+# knows, 39 and 40. Four voices are few, and recordings differ in more than the size of a head: in microphones, rooms
+# and accents.
 #
 # ### How much of a word does it need?
 #
@@ -534,7 +544,7 @@ heard_so_far = np.linspace(0.1, 1, 10)
 curve = []
 for share in heard_so_far:
     then = (lengths * share).ceil().long()
-    curve.append((answer(logits, then) == labels)[judge].double().mean().item())
+    curve.append((answer(logits, then) == labels)[strange].double().mean().item())
 print("you wrote:", prediction)
 print("right after", *(f"{share:.0%}: {right_then:.0%}" for share, right_then in zip(heard_so_far, curve, strict=True)))
 expect(curve[0] > 0.55 and curve[-1] > 0.9)
@@ -544,40 +554,66 @@ drawing, (panel,) = viz.figure(6, 2.8)
 panel.plot(100 * heard_so_far, [100 * c for c in curve], "o-", color=viz.PALETTE[5])
 panel.axhline(10, color=viz.LINE, ls=":", lw=1)
 panel.text(100, 12, "guessing", ha="right", fontsize=8, color=viz.LINE)
+if not RECORDINGS:
+    panel.plot((10, 30), (50, 50), color=viz.INK, ls="--", lw=1)
+    panel.text(10, 42, "a coin, as long as only the first vowel is heard", fontsize=8, color=viz.INK)
 panel.set(xlabel="percent of the word heard", ylabel="percent right", ylim=(0, 105))
 listed = ", ".join(f"{c:.0%} after {s:.0%}" for s, c in zip(heard_so_far, curve, strict=True))
-viz.show(drawing, f"Percent right over the share of the word that was heard, a line that rises: {listed}.")
+coin = "" if RECORDINGS else " A dashed line at 50 percent, from 10 to 30 percent of the word, lies below it."
+viz.show(drawing, f"Percent right over the share of the word that was heard, a line that rises: {listed}.{coin}")
 
 # %% [markdown] lang="en"
-# Half of a word is enough for 86 percent, and 70 percent of it for 96. But wait. After a tenth of the word, two or
+# Half of a word is enough for 84 percent, and 70 percent of it for 95. But wait. After a tenth of the word, two or
 # three tokens, only the first vowel has been heard, and each vowel begins two words. Nobody can know more than a coin
-# then, and the model is right more often than that: 66 percent. When a model knows what it cannot know, look for a
-# leak.
+# then: the dashed line at 50 percent. The model is right more often than that, for 65 percent. When a model knows what
+# it cannot know, look for a leak.
 #
 # A suspect: frames are measured against the loudest place of the *whole* recording. So a first frame says how loud the
-# rest will be. Here is the second token of words that begin with AE and with UW:
+# rest will be. Here is the second token of all words:
 
 # %%
 start = np.array([60 * (row[1].max().item() - 1) for row in rows])
-for label in (2, 3, 6, 7):
+for label in range(10):
     print(f"{names[label]:6} begins {-start[labels == label].mean():4.1f} dB below its loudest place")
 expect(abs(start[labels == 2].mean() - start[labels == 3].mean()) > 2)
 
 # %% [markdown] lang="en"
-# The same vowel begins louder or softer, by what follows. (These two vowels show it best. With the other three the
-# means are about 1 dB apart or less.)
+# The same vowel begins louder or softer, by what follows: 3.6 dB with AE and 4.3 with UW. With the other three the
+# means are 1 dB apart or less.
 #
-# Is that the whole leak? We asked a logistic regression that is told the first vowel and sees the first four frames (in
-# no cell here). A coin would be right for 50 percent. On strange voices it is right for so many, each ± 3:
+# Is that the whole leak? Ask a logistic regression for the second vowel. It is told the first one and sees the first
+# four frames, 46 ms, when the second vowel has hardly begun. A coin would be right for 50 percent. Two things can be
+# mended: frames can be measured against the loudest place of these four only, in place of the whole word; and words can
+# be scaled by the peak of their first sixth, in place of the whole. (The cell makes these words, with recordings, too.)
 #
-# | | frames against the whole recording | frames against these four |
-# |---|---|---|
-# | words scaled by their peak, as here | 74 | 72 |
-# | words scaled by their first sixth | 67 | 51 |
+# **Question.** Which of the four make it a coin? And does it help to keep speakers apart?
+
+# %%
+prediction = None
+
+print("you wrote:", prediction)
+print("percent right          loudest place of      by speaker   at random")
+for part, scaled in ((1, "peak of the whole"), (1 / 6, "peak of a sixth")):
+    made = made_words(part)
+    which, apart = np.array(made.labels), np.isin(made.speakers, sorted(set(made.speakers))[::3])
+    for measured, samples in (("the whole word", None), ("these frames", 3 * HOP + SIZE // 2)):
+        starts = np.array([log_mel(wave[:samples])[:4].flatten().numpy() for wave in made.waves])
+        hits = {"by speaker": [], "at random": []}
+        for divided, judged in zip(hits, (apart, np.random.default_rng(0).permutation(apart)), strict=True):
+            for vowel in range(5):  # two words begin with it
+                learn, judge = ((which // 2 == vowel) & some for some in (~judged, judged))
+                hits[divided].extend(regression(starts, which, learn, judge) == which[judge])
+        print(f"{scaled:21}  {measured:18}", *map(told, hits.values()), sep="  ")
+assert all(abs(np.mean(some) - 0.5) < 0.1 for some in hits.values())  # the last line: a coin
+
+# %% [markdown] lang="en"
+# The first line has the leak that we suspected, the second one is without it, and is as good. So there is a second
+# leak, and it is in the sounds: `speak` gives each *whole* word the same peak, and the noise a fixed distance from it.
+# How far the first frames stand out of the noise tells how loud the rest will be. Each leak is enough by itself. Only
+# with both mended, in the last line, it is a coin, within the errors.
 #
-# So there is a second leak, and it is in the sounds: `speak` gives each *whole* word the same peak, and the noise a
-# fixed distance from it. How far the first frames stand out of the noise tells how loud the rest will be. Each leak is
-# enough by itself. Only with both mended is it a coin.
+# And the two columns say the same. To keep speakers apart is right, and it does not find this leak: what leaks is in
+# each recording, whoever speaks.
 #
 # So take the early points of the curve for too high. For our test, which comes when the word is over, all that does no
 # harm. In a live system the curve would be a promise that cannot be kept: nobody knows the loudest place before it has
@@ -623,8 +659,8 @@ for world, mesh in (two, Mesh(pp=2)), (four, Mesh(dp=2, tp=2)):
 # %% [markdown] lang="en"
 # The rows have unequal lengths, so the ranks' counts differ, and the gradients are still those of one process.
 #
-# It learns from the voices that the recognizer knows, but one take of each word and voice is kept for the test. The
-# baseline: the next token is like the last one.
+# It learns from the same rows as the recognizer, and is tested on the takes that their voices have left. The baseline:
+# the next token is like the last one.
 #
 # There is a trap. While it learns it is given true frames ([teacher forcing](../docs/glossary.md#teacher-forcing)).
 # Later it hears only itself, errors and all, and has never learned to deal with them (*exposure bias*, Ranzato et al.
@@ -632,10 +668,9 @@ for world, mesh in (two, Mesh(pp=2)), (four, Mesh(dp=2, tp=2)):
 # is there four times, with noise added, half of each number's standard deviation (`spread`). What it has to predict
 # stays clean.
 #
-# That is a reason to try noise, and no proof that it helps. When we added noise and changed nothing else, the words
-# that the recognizer below understood went from 22 of 40 to 23. So do not credit the noise with what comes. There are
-# other candidates, such as tables of words and voices that begin large beside the frames, and 900 steps. This chapter
-# does not tell them apart.
+# That is a reason to try noise, and no proof that it helps: this chapter has no run without it. So do not credit the
+# noise with what comes. There are other candidates, such as tables of words and voices that begin large beside the
+# frames, and 900 steps. To find out, change one of them at a time: put 0 for the 0.5 below.
 #
 # **Question.** By how many decibels is each of the two off, the baseline and the model, on takes that were not learned
 # from?
@@ -643,15 +678,11 @@ for world, mesh in (two, Mesh(pp=2)), (four, Mesh(dp=2, tp=2)):
 # %%
 prediction = None  # (like the last one, the model)
 
-last_take = {(s, w): row for row, (s, w) in enumerate(zip(data.speakers, data.labels, strict=True))}
-takes = np.array([row for row in last_take.values() if not strange[row]])
-learned = np.array([row for row in known if row not in takes])
 
-
-def decibels(predicted, rows):
-    """Root of the mean squared error, in dB, where it is not padding."""
-    error = 60 * (predicted - frames)[rows] * spread
-    return error[real[rows]].square().mean().sqrt().item()
+def decibels(predicted, rows, first=0):
+    """Root of the mean squared error, in dB, from this token on, where it is not padding."""
+    error = 60 * (predicted - frames)[rows, first:] * spread
+    return error[real[rows, first:]].square().mean().sqrt().item()
 
 
 def spoken_by(model):
@@ -659,14 +690,16 @@ def spoken_by(model):
 
 
 # %%
-four_times, draw = torch.tensor(learned).repeat(4), torch.Generator().manual_seed(0)
+four_times, draw = torch.tensor(known).repeat(4), torch.Generator().manual_seed(0)
 noise = 0.5 * torch.randn(len(four_times), *frames.shape[1:], generator=draw, dtype=torch.float64)
 spoiled = {name: x[four_times] for name, x in spoken.items()}
 spoiled["frames"] = spoiled["frames"] + noise
 lesson = spoiled, next_frames[four_times], drawn(len(four_times), 900), squared, 5e-3
 losses, (predicted, mouth) = two.run(train, speaker, Mesh(dp=2), *lesson, spoken_by)[0]
 print("you wrote:", prediction)
-print(f"like the last one: {decibels(before, takes):.1f} dB, the model: {decibels(predicted, takes):.1f} dB")
+for start, what in enumerate(("all tokens", "all but the first")):
+    off, model_off = decibels(before, takes, start), decibels(predicted, takes, start)
+    print(f"{what}: like the last one {off:.1f} dB, the model {model_off:.1f} dB")
 assert decibels(predicted, takes) < decibels(before, takes)
 
 # %%
@@ -676,9 +709,9 @@ print(f"50 steps on dp=2 and pp=2: losses at most {np.abs(np.subtract(early, lat
 assert np.allclose(early, late, atol=1e-9)
 
 # %% [markdown] lang="en"
-# The model is off by 4.6 dB, and the baseline by 8.8. Before you call that half, look where the 8.8 comes from: mostly
-# from the first token of each word, since the one before it is silence. Without first tokens, the last one is off by
-# 5.6. So much of what the model gains is to know, from word and voice, how a word begins. And a part of its 4.6 nobody
+# The model is off by 4.5 dB, and the baseline by 8.8. Before you call that half, look where the 8.8 comes from: much of
+# it from the first token of each word, since the one before it is silence. Without first tokens, the last one is off by
+# 5.6. So much of what the model gains is to know, from word and voice, how a word begins. And a part of its 4.5 nobody
 # can predict: the noise is drawn anew all the time.
 #
 # The losses of 50 steps are the same on `dp=2` and `pp=2`, up to rounding.
@@ -686,8 +719,8 @@ assert np.allclose(early, late, atol=1e-9)
 # ### Let it speak
 #
 # Until now it was given true frames. Now it begins with silence and hears only itself. Each token costs a forward over
-# all that it has said, on the mesh. Four voices say all ten words at a time, 40 rows. (The voices are the first four
-# that were learned from. By the alphabet these are four children.)
+# all that it has said, on the mesh. Four voices say all ten words at a time, 40 rows: two children, a man and a woman
+# whom it knows. (The cell takes every third of the 13 in the order of the alphabet.)
 
 
 # %%
@@ -706,8 +739,10 @@ def say_on(mesh, weights, word, voice):
     return say(model, word, voice)
 
 
-chosen = [index for index, name in enumerate(speakers) if name not in kept][:4]
-word, voice = torch.arange(10).repeat(4), torch.tensor(chosen).repeat_interleave(10)
+# %%
+own = [index for index, name in enumerate(speakers) if name not in kept]
+said = takes[np.isin(voices[takes], own[:: len(own) // 4][:4])]  # the takes that four voices have left
+word, voice = labels[said], voices[said]
 alone = speaker()
 alone.load_state_dict(mouth)
 with torch.no_grad():
@@ -746,29 +781,29 @@ def to_the_last_loud(frames):
     return frames[: max(int(loud[-1]) + 1, 8)] if len(loud) else frames
 
 
-example = 3  # a word
+example = 3  # the fourth of these takes
 sounds = [as_sound(to_the_last_loud(row)) for row in by_one]
-take = last_take[speakers[chosen[0]], example]
-print(f"{names[example]}, {speakers[chosen[0]]}: {'recorded' if RECORDINGS else 'made'}, then said by the model")
-for sound in (data.waves[take], sounds[example].numpy()):
+print(f"{names[word[example]]}, {speakers[voice[example]]}: {'recorded' if RECORDINGS else 'made'}, then by the model")
+for sound in (data.waves[said[example]], sounds[example].numpy()):
     display(Audio(sound, rate=RATE))
 
 # %%
 drawing, panels = viz.figure(8, 2.6, columns=3)
 pictures = {
-    "a take it has not learned from": log_mel(data.waves[take]),
+    "a take it has not learned from": log_mel(data.waves[said[example]]),
     "the frames that it predicts": to_the_last_loud(by_one[example]),
     "its sound, measured again": log_mel(sounds[example]),
 }
 for panel, (title, picture) in zip(panels, pictures.items(), strict=True):
     draw_frames(panel, picture, title)
 panels[0].set_ylabel("mel band")
-text = f"Log-mel frames of {names[example]}, three panels: {', '.join(pictures)}. The lowest bright bands are alike."
-text += " The second one falls in the true word. In the others its fall is hardly to be seen."
+text = f"Log-mel frames of {names[word[example]]}, three panels: {', '.join(pictures)}."
+if not RECORDINGS:
+    text += " The lowest bright bands are alike. Above them a band falls in the true word. In the others it is a haze."
 viz.show(drawing, text)
 
 # %% [markdown] lang="en"
-# Compare the first two panels. The strong lines below are there. But F2, which falls from about band 31 to band 23 as
+# Compare the first two panels. The strong lines below are there. But F2, which falls from about band 29 to band 22 as
 # AE becomes AA, is only a haze in what the model predicts. The third panel differs from the second by what bands and
 # guessed phases lose.
 #
@@ -789,18 +824,19 @@ def understood(sounds):
     return answer(logits, torch.tensor([len(row) for row in rows]))
 
 
-true_takes = [last_take[speakers[v], int(w)] for w, v in zip(word, voice, strict=True)]
-again = [as_sound(log_mel(data.waves[row])) for row in true_takes]
+again = [as_sound(log_mel(data.waves[row])) for row in said]
 results = {"said by the model": understood(sounds), "true takes, through Griffin-Lim": understood(again)}
-results["true takes"] = understood([data.waves[row] for row in true_takes])
+results["true takes"] = understood([data.waves[row] for row in said])
 print("you wrote:", prediction)
 for what, found in results.items():
-    print(f"{what:32} {(found == word).sum()} of {len(word)} understood")
-expect((results["said by the model"] == word).sum() >= 20)
+    by_voice = ", ".join(f"{speakers[v]} {(found == word)[voice == v].sum()}" for v in voice.unique())
+    print(f"{what:32} {(found == word).sum()} of {len(word)} understood ({by_voice})")
+expect((results["said by the model"] == word).sum() >= len(word) / 2)
 
 # %% [markdown] lang="en"
-# Nearly all, where guessing would get 4. It is a kind test: the recognizer knows these voices, and has learned from
-# these very takes, so that 40 of 40 for the true ones is no surprise.
+# Most of them, where guessing would get 4, and the man least often. It is a kind test all the same: the recognizer has
+# not heard the true takes, but it knows these voices. Of the takes as they are it understands all 40, and one is lost
+# on the way through frames and Griffin-Lim. So most of what is lost is lost in the model's frames.
 #
 # And look at the picture, and listen: the model's frames are smoother than the true ones. A squared error is smallest
 # at the *mean* of all that may come. A formant may lie a little higher or lower, a glide may come earlier or later, and
