@@ -61,6 +61,22 @@ STABLELM = {
     "colwise": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
     "rowwise": "self_attn.o_proj mlp.down_proj",
 }
+ALBERT = {"colwise": "attention.query attention.key attention.value ffn", "rowwise": "attention.dense ffn_output"}
+DEBERTA = {
+    "divided(num_attention_heads)": "attention.self",
+    "colwise": "attention.self.query_proj attention.self.key_proj attention.self.value_proj "
+    "attention.self.pos_key_proj attention.self.pos_query_proj intermediate.dense",
+    "rowwise": "attention.output.dense output.dense",
+}
+CLIP = {
+    "colwise": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1",
+    "rowwise": "self_attn.out_proj mlp.fc2",
+}
+WAV2VEC2 = {
+    "divided(num_heads)": "attention",
+    "colwise": "attention.q_proj attention.k_proj attention.v_proj feed_forward.intermediate_dense",
+    "rowwise": "attention.out_proj feed_forward.output_dense",
+}
 VIT = {
     "colwise": "attention.q_proj attention.k_proj attention.v_proj mlp.fc1",
     "rowwise": "attention.o_proj mlp.fc2",
@@ -83,6 +99,8 @@ T5 = {
 # By model_type, and with names as in the model without a head. Embedding and head are added where they are found.
 KNOWN = {
     "bert roberta camembert xlm-roberta xlm-roberta-xl electra ernie data2vec-text": lines("encoder.layer", BERT),
+    "albert": lines("encoder.albert_layer_groups.*.albert_layers", ALBERT),
+    "deberta-v2": lines("encoder.layer", DEBERTA),
     "distilbert": lines("transformer.layer", DISTILBERT),
     "modernbert": lines("layers", MODERNBERT),
     "gpt2": lines("h", GPT2),
@@ -94,17 +112,38 @@ KNOWN = {
     "mpnet": lines("encoder.layer", MPNET) | {"encoder.relative_attention_bias.weight": "rowwise"},  # a column a head
     "roformer": lines("encoder.layer", BERT | {"divided(num_attention_heads, all_head_size)": "attention.self"}),
     "vit deit": lines("layers", VIT),
-    "whisper bart mbart blenderbot marian pegasus": (
+    "clip_text_model clip_vision_model siglip_text_model siglip_vision_model": lines("encoder.layers", CLIP),
+    "wav2vec2 hubert": lines("encoder.layers", WAV2VEC2),
+    "whisper bart mbart blenderbot marian pegasus m2m_100": (
         lines("encoder.layers", BART) | lines("decoder.layers", BART) | lines("decoder.layers", CROSS)
     ),
 }
-# Modules that are called once, in front of all blocks, and whose result all blocks read.
+# What plans leave out that are published.
+LEFT_OUT = {
+    "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+    "cohere": {f"layers.*.self_attn.{norm}.weight": "colwise" for norm in ("q_norm", "k_norm")},  # a row for each head
+    "glm4_moe": {f"layers.*.self_attn.{x}": "replicated_with_grad_allreduce" for x in ("q_norm", "k_norm")},
+}
+PLANS = {model_type: plan for types, plan in KNOWN.items() for model_type in types.split()}
+# Modules that are used once, in front of all blocks, and whose result all blocks read.
 EVERYWHERE = {
+    "beit": "shared_position_bias",
     "cpmant": "position_bias",
+    "data2vec-vision": "encoder.relative_position_bias",
+    "deberta": "encoder.rel_embeddings",
+    "deberta-v2": "encoder.rel_embeddings encoder.LayerNorm",
+    "layoutlmv3": "encoder.rel_pos_bias encoder.rel_pos_x_bias encoder.rel_pos_y_bias",
     "mpnet": "encoder.relative_attention_bias",
     "roformer": "encoder.embed_positions",
 }
-PLANS = {model_type: plan for types, plan in KNOWN.items() for model_type in types.split()}
+# Settings that leave blocks out at random, so that ranks which are to meet in one would not.
+AT_RANDOM = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+# Settings with which more goes from block to block than a stage hands on.
+CROSSED = {
+    "use_weighted_layer_sum": "reads what every block gives: load it with False",
+    "num_kv_shared_layers": "lets blocks read keys and values of earlier ones: use pp=1",
+    "pos_embed_rescale": "is drawn apart on each stage: load it with None",
+}
 
 
 def guests(model: nn.Module) -> dict[str, Any]:
@@ -124,7 +163,7 @@ def plan_of(model: nn.Module) -> dict[str, str]:
         return plan
     plan = dict(plan)
     for name, part in parts.items():
-        known = PLANS.get(part.config.model_type, {}) if not part.tp_plan else {}
+        known = (LEFT_OUT if part.tp_plan else PLANS).get(part.config.model_type, {})
         if part.base_model is part:
             plan |= {f"{name}.{layer}".lstrip("."): style for layer, style in known.items()}
         with suppress(NotImplementedError):  # some parts do not say which their embedding is: the whole model does
@@ -148,7 +187,7 @@ def draft(model: nn.Module) -> dict[str, str]:
     to its width is cut by rows: the last layer of an attention, and one that comes from another width. All others are
     cut by columns. It may be wrong: compare gradients with one process."""
     plan: dict[str, str] = {}
-    for name, blocks in (blocks_of(model) or Blocks({})).lists.items():
+    for name, blocks in (_lists(model) if guests(model) else {}).items():
         layers = {n: layer for n, layer in blocks[0].named_modules() if isinstance(layer, nn.Linear)}
         width = next(iter(layers.values())).in_features if layers else 0
         last = {n.split(".")[0]: n for n in layers}  # of each part of a block
@@ -175,6 +214,9 @@ def prepare(model: nn.Module) -> None:
             raise ValueError(
                 "apply_spec_augment draws its masks apart on each rank: set it False, and mask the features"
             )
+        for setting in AT_RANDOM:
+            if getattr(part.config, setting, 0):
+                raise ValueError(f"{setting} leaves out other blocks on each rank: load the model with {setting}=0")
     for name, layer in model.named_modules():
         if getattr(layer, "gradient_checkpointing", False):
             raise ValueError(f"{name or type(model).__name__} checkpoints by itself: use recompute= of parallelize")
@@ -222,24 +264,46 @@ def blocks_of(model: Any) -> Blocks | None:
     decoder. None for anything else."""
     if not guests(model):
         return None
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    from transformers.modeling_outputs import BaseModelOutput
-
-    lists = outermost_lists(model, GradientCheckpointingLayer) or outermost_lists(model)
+    lists, crossed = _lists(model), _crossed(model)
     beside = _beside(model, lists)
     if len(lists) == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return Blocks(lists, beside, (), model.get_encoder(), lambda memory: BaseModelOutput(last_hidden_state=memory))
-    return Blocks(lists, beside, _everywhere(model)) if len(lists) == 1 else None
+        return Blocks(lists, beside, (), model.get_encoder(), crossed)
+    return Blocks(lists, beside, _everywhere(model), None, crossed) if len(lists) == 1 else None
+
+
+CONVOLUTIONS = re.compile(r"(^|[._])conv([._]|$)")
+
+
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of blocks, but not of the convolutions that stand in front of them where sound comes in."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = outermost_lists(model, GradientCheckpointingLayer) or outermost_lists(model)
+    return {name: blocks for name, blocks in found.items() if not CONVOLUTIONS.search(name)}
 
 
 def _everywhere(model: nn.Module) -> tuple[str, ...]:
     """What each stage runs, by its names in this model."""
-    known = {n: EVERYWHERE.get(part.config.model_type) for n, part in guests(model).items() if part.base_model is part}
-    return tuple(f"{name}.{module}".lstrip(".") for name, module in known.items() if module)
+    names = {
+        f"{name}.{module}".lstrip(".")
+        for name, part in guests(model).items()
+        for module in EVERYWHERE.get(part.config.model_type, "").split()
+        if part.base_model is part
+    }
+    return tuple(name for name, _ in model.named_modules() if name in names)  # not every configuration has all
 
 
-BEHIND = re.compile(r"(^|_)(final|out|head|classifier|score)(_|$)")
-BEFORE = re.compile(r"embed(?!\w*norm)")
+def _crossed(model: nn.Module) -> str:
+    """What goes from block to block past any cut, and what to do about it; "" if nothing does."""
+    for part in guests(model).values():
+        for setting, why in CROSSED.items():
+            if value := getattr(part.config, setting, None):
+                return f"{setting}={value} {why}"
+    return ""
+
+
+BEHIND = re.compile(r"\.(\w*_)?(final|out|head|classifier|score)(_|$)|StableLayerNorm\.layer_norm$")
+BEFORE = re.compile(r"\.(\w*embed(?!\w*norm)|conv$)")
 
 
 def _beside(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, int]:
@@ -249,9 +313,11 @@ def _beside(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, int]
     for name, blocks in lists.items():
         while name:
             parent, _, own_name = name.rpartition(".")
-            for child, _ in model.get_submodule(parent).named_children():
-                if child != own_name and (BEHIND.search(child) or BEFORE.search(child)):
-                    place = start + len(blocks) - 1 if BEHIND.search(child) else start
+            module = model.get_submodule(parent)
+            for child, _ in module.named_children():
+                called = f"{type(module).__name__}.{child}"
+                if child != own_name and (BEHIND.search(called) or BEFORE.search(called)):
+                    place = start + len(blocks) - 1 if BEHIND.search(called) else start
                     found[f"{parent}.{child}".lstrip(".")] = place
             name = parent
         start += len(blocks)

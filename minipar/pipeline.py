@@ -39,14 +39,14 @@ class Blocks:
         of the stage that they belong to.
     everywhere: modules that run on each stage: what they give goes to all blocks, and does not travel.
     encoder: the module that has the first list, where what it gives is read by all blocks of the second.
-    given: what stands for its output on stages behind it.
+    crossed: what goes from block to block past any cut, in words; "" if nothing does.
     """
 
     lists: dict[str, nn.ModuleList]
     beside: dict[str, int] = field(default_factory=dict)
     everywhere: tuple[str, ...] = ()
     encoder: nn.Module | None = None
-    given: Callable[[Tensor], Any] = lambda memory: memory
+    crossed: str = ""
 
 
 @dataclass
@@ -125,12 +125,12 @@ class Stages:
                     layer._buffers.clear()
         if found.encoder:
             self.window.turn = len(next(iter(self.lists.values())))
-            _run_once(found.encoder, found.given, self.window)
+            _run_once(found.encoder, self.window)
 
     def open_window(self) -> None:
         """From now on a forward runs one stage."""
         for place, block in enumerate(chain(*self.lists.values())):
-            _ask_window(block, place, self.window)
+            _ask_window(block, place, self.window, len(self.cuts) > 2)
 
     def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
         """Run one stage: the state that leaves it, or, from the last one, what the model returns."""
@@ -180,13 +180,16 @@ def find_blocks(model: nn.Module) -> Blocks:
     if len(found) != 1:
         what = f"{len(found)}: {', '.join(found)}" if found else "none"
         raise ValueError(
-            f"a pipeline needs a model with one list of blocks (nn.ModuleList); {type(model).__name__} has {what}"
+            "a pipeline, zero=3, recompute and wrap need a model with one list of blocks (nn.ModuleList); "
+            f"{type(model).__name__} has {what}"
         )
     return Blocks(found)
 
 
 def _check_blocks(blocks: Blocks, stages: int) -> None:
     every, names = list(chain(*blocks.lists.values())), " and ".join(blocks.lists)
+    if blocks.crossed and stages > 1:
+        raise ValueError(f"pp={stages} stages take each block once, in order, but {blocks.crossed}")
     if len(every) < stages:
         raise ValueError(
             f"pp={stages} stages need {stages} blocks or more, but {names} has {len(every)}: use pp <= {len(every)}"
@@ -195,25 +198,24 @@ def _check_blocks(blocks: Blocks, stages: int) -> None:
         raise ValueError(f"{names} has one block several times: a pipeline needs {len(every)} blocks of their own")
 
 
-def _run_once(encoder: nn.Module, given: Callable[[Tensor], Any], window: Window) -> None:
+def _run_once(encoder: nn.Module, window: Window) -> None:
     """Let an encoder remember what it gives, and give it on stages where it does not run."""
     inner = encoder.forward
 
     def forward(*arguments: Any, **more: Any) -> Any:
-        if window.memory is not None:
-            return given(window.memory)
-        output = inner(*arguments, **more)
-        window.memory = output[0]
-        return output
+        if window.memory is None:
+            window.memory = inner(*arguments, **more)
+        return window.memory
 
     encoder.forward = forward
 
 
-def _ask_window(block: nn.Module, place: int, window: Window) -> None:
-    """Let a block's forward ask whether it is its turn."""
+def _ask_window(block: nn.Module, place: int, window: Window, check: bool) -> None:
+    """Let a block's forward ask whether it is its turn. check: once also whether what it is given is there."""
     inner = block.forward
 
     def forward(*arguments: Any, **more: Any) -> Any:
+        nonlocal check
         if window.next is None:
             raise RuntimeError(
                 f"block {place} runs outside of its stage's forward: put a checkpoint inside of the block"
@@ -229,10 +231,23 @@ def _ask_window(block: nn.Module, place: int, window: Window) -> None:
             return window.state
         if place < window.first:  # what uses it here by mistake shows at once, as NaN
             return pytree.tree_map_only(Tensor, _nothing, window.state)
+        if check:
+            _check_given(place, _floats((arguments, more)), _floats((window.state, window.memory)))
+        check = False
         window.given = inner(*arguments, **more)
         return window.given
 
     block.forward = forward
+
+
+def _check_given(place: int, given: list[Tensor], arrived: list[Tensor]) -> None:
+    """ValueError if a block is given what another stage has: NaN here, though what arrived and the state, which is
+    given first, have numbers."""
+    if any(x.isnan().any() for x in given[1:]) and not any(x.isnan().any() for x in (*given[:1], *arrived)):
+        raise ValueError(
+            f"block {place} is given NaN beside the state: what all blocks read comes from a module that lives on "
+            "another stage. Use pp=1; for a model of transformers, interop.EVERYWHERE can name that module"
+        )
 
 
 def _give_up(parameter: nn.Parameter) -> None:
@@ -509,7 +524,7 @@ def _ask_gradients(state: Any) -> Any:
 
 
 def _tensors(state: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(state) if x is not None]
+    return [x for x in pytree.tree_leaves(state) if isinstance(x, Tensor)]
 
 
 def _floats(state: Any) -> list[Tensor]:

@@ -84,8 +84,10 @@ def _in_dim(layer: nn.Module) -> int:
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
     """ValueError for a layer whose own forward a style would replace."""
     if type(layer).forward is not kind.forward and not _is_transposed(layer):
+        inside = ", ".join(name for name, _ in layer.named_children())
+        instead = f": let the plan name the layers in it, {inside}" if inside else ""
         raise ValueError(
-            f"{type(layer).__name__} has a forward of its own, so it cannot be cut as nn.{kind.__name__} is"
+            f"{type(layer).__name__} has a forward of its own, so it cannot be cut as nn.{kind.__name__} is{instead}"
         )
 
 
@@ -429,6 +431,7 @@ def _heads(attention: nn.Module, name: str, style: tuple[str, ...], size: int) -
     layer: Any = attention.get_submodule(name.rpartition(".")[2])
     if style[0] not in ("colwise", "packed_colwise"):
         return []
+    _is_plain(layer, nn.Linear)
     width = layer.weight.size(_out_dim(layer))
     return [n // size for n in (sizes(style[1:], width) if style[0] == "packed_colwise" else [width])]
 
@@ -446,8 +449,9 @@ def _check_left_out(name: str, parent: nn.Module, styles: dict[str, tuple[str, .
         if own and f"{name}.{child}" not in styles and not isinstance(layer, nn.Linear):
             entry = pattern(f"{name}.{child}")
             raise ValueError(
-                f"plan: {entry!r} is left out, but layers around it are cut. Where it sees a part, its gradients are "
-                f"partial sums: {entry!r}: 'replicated_with_grad_allreduce'. Where all ranks see the same: 'replicate'"
+                f"plan: {entry!r} is left out, but layers around it are cut. plan=interop.plan_of(model) | "
+                f"{{{entry!r}: style}}; 'replicated_with_grad_allreduce' where it sees a part, so that its gradients "
+                "are partial sums, 'replicate' where all ranks see the same"
             )
 
 

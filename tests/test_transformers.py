@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import zoo
 from laws import Planted, differences, double_precision, mean_cross_entropy, problems
 from torch import nn
+from torch.utils import _pytree as pytree
 from zoo import batch, build
 
 import minipar
@@ -82,11 +83,25 @@ def test_others_in_stages(world2, name):
     assert broken(world2, name, [STAGES]) == []
 
 
-def test_every_known_plan_is_tested():
-    import transformers
+def agreement(outputs, targets):
+    """A loss over what both towers give of a row."""
+    images, texts = outputs.image_embeds.tanh(), outputs.text_embeds.tanh()
+    return (images * texts).sum() + texts[:, :5].sum(), len(targets)
 
-    tested = {getattr(transformers, kind).config_class.model_type for kind, _ in (zoo.MODELS | zoo.MORE).values()}
-    assert interop.PLANS.keys() <= tested
+
+def mean_agreement(outputs, targets):
+    return agreement(outputs, targets)[0] / len(targets)
+
+
+@pytest.mark.parametrize("name", zoo.TOWERS)
+def test_two_lists_of_blocks_side_by_side(world2, name):
+    layouts = [CUT, {"mesh": Mesh(dp=2), "zero": 2}]
+    assert broken(world2, name, layouts, mean=mean_agreement, loss=agreement) == []
+
+
+def test_every_known_plan_is_tested():
+    found = [interop.guests(build(name)).values() for name in zoo.MODELS | zoo.MORE | zoo.TOWERS]
+    assert interop.PLANS.keys() | interop.LEFT_OUT.keys() <= {part.config.model_type for some in found for part in some}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "whisper", "mixtral"])
@@ -104,6 +119,35 @@ def test_heads_of_keys_that_the_axis_does_not_divide(worlds, heads, keys, ranks)
     layouts = [{"mesh": Mesh(tp=ranks)}, {"mesh": Mesh(tp=ranks), "zero": 1}]
     for name in ("qwen2", "qwen3"):  # with biases, and with norms of heads
         assert broken(worlds(ranks), name, layouts, changes) == [], name
+
+
+class Adapted(nn.Module):
+    """A layer that learns no more, and a narrow way past it that does (Hu et al. 2021, LoRA)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(layer.in_features, 4, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(4, layer.out_features, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def adapted():
+    model = build("llama").requires_grad_(False)
+    torch.manual_seed(1)
+    for block in model.model.layers:
+        block.self_attn.q_proj = Adapted(block.self_attn.q_proj)
+    return model
+
+
+def test_low_rank_adapters(world2):
+    plan = interop.plan_of(adapted())
+    del plan["model.layers.*.self_attn.q_proj"]
+    plan |= {f"model.layers.*.self_attn.q_proj.{part}": "colwise" for part in ("layer", "up")}
+    with double_precision():
+        assert problems(Precise(world2), [CUT, STAGES, SHARES], adapted, *batch("llama"), plan=plan) == []
 
 
 # -- other heads, other losses -----------------------------------------------------------------------------------
@@ -201,6 +245,7 @@ FUNCTIONAL = {
     "llama": {"attention_dropout": 0.2},
     "bert": {"attention_probs_dropout_prob": 0.2},
     "whisper": {"dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2},
+    "mixtral": {"router_jitter_noise": 0.2},
 }
 
 
@@ -389,7 +434,7 @@ def an_encoder_learns_nothing_from_later_stages():
 
     def leave(window):
         if window.turn is not None and window.end > window.turn:
-            window.memory = window.memory.detach()
+            window.memory = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, window.memory)
         return right(window)
 
     return patch.object(pipeline.Window, "leave", leave)
@@ -516,6 +561,22 @@ REFUSED = {
         lambda: parallelize(build("llama"), Mesh(tp=2), sequence_parallel=True),
         ["sequence_parallel=True needs a plan", "sequence_split"],
     ),
+    "layers in a layer that is to be cut": (
+        lambda: parallelize(adapted(), Mesh(tp=2)),
+        ["Adapted has a forward of its own", "the layers in it, layer, down, up"],
+    ),
+    "blocks left out at random": (
+        lambda: parallelize(build("whisper", encoder_layerdrop=0.1), Mesh(dp=2), zero=3),
+        ["encoder_layerdrop leaves out other blocks on each rank", "encoder_layerdrop=0"],
+    ),
+    "what every block gives": (
+        lambda: parallelize(build("hubert", use_weighted_layer_sum=True), Mesh(pp=2)),
+        ["pp=2 stages take each block once", "use_weighted_layer_sum=True reads what every block gives"],
+    ),
+    "two lists of blocks side by side": (
+        lambda: parallelize(build("clip"), Mesh(pp=2)),
+        ["need a model with one list of blocks", "has 2: text_model.encoder.layers, vision_model.encoder.layers"],
+    ),
     "more stages than blocks": (
         lambda: parallelize(build("whisper", encoder_layers=1, decoder_layers=0), Mesh(pp=2)),
         ["pp=2 stages need 2 blocks"],
@@ -550,6 +611,15 @@ def test_what_does_not_go_is_refused_with_what_would(world2, what):
     assert "\n" not in first and len(first) < 300
 
 
+def test_what_all_blocks_read_is_asked_for_before_it_is_nan(world2):
+    def step():
+        with patch.dict(interop.EVERYWHERE, clear=True):
+            parallelize(build("layoutlmv3"), Mesh(pp=2)).step(*batch("layoutlmv3"))
+
+    with pytest.raises(RankError, match=r"block \d is given NaN beside the state"):
+        world2.run(step)
+
+
 def test_a_model_that_nobody_knows_gets_lines_to_begin_with(world2):
     with pytest.raises(RankError) as refused:
         world2.run(lambda: parallelize(Unknown(), Mesh(tp=2)))
@@ -558,7 +628,7 @@ def test_a_model_that_nobody_knows_gets_lines_to_begin_with(world2):
     assert "Compare gradients before you trust it" in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "vit", "llama", "qwen3", "phi", "bart"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "vit", "llama", "qwen3", "phi", "bart", "clip"])
 def test_these_lines_are_those_of_plans_that_are_known(name):
     plan = interop.plan_of(prepared(name))
     of_layers = {entry: style for entry, style in plan.items() if style in ("colwise", "rowwise")}

@@ -81,14 +81,23 @@ OPT |= {"num_attention_heads": 4, "word_embed_proj_dim": 24, "max_position_embed
 DEEPSEEK = LLAMA | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16}
 DEEPSEEK |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1}
 DEEPSEEK |= {"topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "moe_intermediate_size": 24}
+DEBERTA = BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+SOUND = SIZES | {"conv_dim": (16, 16), "conv_kernel": (4, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+SOUND |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16, "num_labels": 7}
+SOUND |= {"feat_extract_norm": "layer", "apply_spec_augment": False, "layerdrop": 0.0, "hidden_dropout": 0.0}
+SOUND |= {"activation_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0, "final_dropout": 0.0}
 
 # Others whose plans are known, and what they bring that the seventeen do not.
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "albert": ("AlbertForMaskedLM", BERT | {"embedding_size": 24, "num_hidden_groups": 2}),
+    "apertus": ("ApertusForCausalLM", LLAMA),  # its own plan leaves out what its activation learns
     "bart": ("BartForConditionalGeneration", BART),  # one embedding for three layers, a bias behind the head
     "bart_causal": ("BartForCausalLM", BART),
     "blenderbot": ("BlenderbotForConditionalGeneration", BART),
     "camembert": ("CamembertForCausalLM", BERT),  # its head is registered first
+    "cohere": ("CohereForCausalLM", LLAMA | {"use_qk_norm": True}),  # the same, of norms with a row for each head
     "data2vec-text": ("Data2VecTextForMaskedLM", BERT),
+    "deberta-v2": ("DebertaV2ForMaskedLM", DEBERTA | {"norm_rel_ebd": "layer_norm", "share_att_key": True}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK),  # latent attention
     "deit": ("DeiTForImageClassification", MODELS["vit"][1]),
     "electra": ("ElectraForMaskedLM", BERT | {"embedding_size": 32}),
@@ -96,6 +105,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3ForCausalLM", LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
     "gpt_neo": ("GPTNeoForCausalLM", GPT_NEO),
     "gptj": ("GPTJForCausalLM", MODELS["gpt2"][1] | {"rotary_dim": 4}),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        DEEPSEEK | {"head_dim": 8, "num_key_value_heads": 2, "use_qk_norm": True},
+    ),
+    "hubert": ("HubertForSequenceClassification", SOUND),  # other lists of layers in front of its blocks
+    "m2m_100": ("M2M100ForConditionalGeneration", BART | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
     "marian": ("MarianMTModel", BART),
     "mbart": ("MBartForConditionalGeneration", BART),
     "modernbert": ("ModernBertForMaskedLM", BERT | {"embedding_dropout": 0.0, "mlp_dropout": 0.0}),
@@ -107,8 +122,16 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmForCausalLM", LLAMA),
     "t5": ("T5ForConditionalGeneration", T5),  # the first block makes what all read
     "umt5": ("UMT5ForConditionalGeneration", T5),
+    "wav2vec2": ("Wav2Vec2ForSequenceClassification", SOUND | {"do_stable_layer_norm": True}),
     "xlm-roberta": ("XLMRobertaForMaskedLM", BERT),
     "xlm-roberta-xl": ("XLMRobertaXLForMaskedLM", BERT),
+}
+
+# Two lists of blocks, side by side: for tensor ranks.
+TOWER = SIZES | IDS | {"max_position_embeddings": 32, "projection_dim": 16, "attention_dropout": 0.0}
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (f"{kind}Model", {"text_config": TOWER, "vision_config": TOWER | {"image_size": 16, "patch_size": 4}})
+    for name, kind in (("clip", "CLIP"), ("siglip", "Siglip"))
 }
 
 # Without a plan: for pipelines.
@@ -118,6 +141,19 @@ UNCUT: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48}
         | {"num_hidden_layers": 2, "dropout_p": 0.0, "prompt_types": 4, "prompt_length": 3, "segment_types": 4},
     ),
+    "beit": (  # all read a bias of positions, which learns
+        "BeitForImageClassification",
+        MODELS["vit"][1] | {"use_shared_relative_position_bias": True, "drop_path_rate": 0.0},
+    ),
+    "deberta": ("DebertaForMaskedLM", BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "layoutlmv3": (
+        "LayoutLMv3ForTokenClassification",
+        BERT | {"num_labels": VOCABULARY, "coordinate_size": 6, "shape_size": 4, "visual_embed": False},
+    ),
+    "led": (  # what its encoder gives has a type of its own
+        "LEDForConditionalGeneration",
+        BART | {"attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32},
+    ),
 }
 
 
@@ -126,7 +162,7 @@ def build(name: str, kind: str = "", **changes: Any) -> nn.Module:
     configuration."""
     import transformers
 
-    usual_kind, values = (MODELS | MORE | UNCUT)[name]
+    usual_kind, values = (MODELS | MORE | TOWERS | UNCUT)[name]
     kind = kind or usual_kind
     model_type = getattr(transformers, kind)
     config = model_type.config_class(**values | changes)
@@ -145,7 +181,10 @@ def build(name: str, kind: str = "", **changes: Any) -> nn.Module:
 def batch(name: str, rows: int = 5, length: int = 12) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels: rows of unequal length where the model takes a mask, and labels for what it keeps."""
     draw = torch.Generator().manual_seed(2)
-    if name in ("vit", "deit"):
+    if name in ("wav2vec2", "hubert"):
+        sound = torch.randn(rows, 100, generator=draw, dtype=torch.float64)
+        return {"input_values": sound}, torch.randint(7, (rows,), generator=draw)
+    if name in ("vit", "deit", "beit"):
         pixels = torch.randn(rows, 3, 16, 16, generator=draw, dtype=torch.float64)
         return {"pixel_values": pixels}, torch.randint(7, (rows,), generator=draw)
     ids, labels = (torch.randint(3, VOCABULARY, (rows, length), generator=draw) for _ in range(2))
@@ -157,6 +196,10 @@ def batch(name: str, rows: int = 5, length: int = 12) -> tuple[dict[str, Tensor]
     if name == "cpmant":
         return {"input_ids": ids.masked_fill(~kept, 0)}, labels
     inputs = {"input_ids": ids.masked_fill(~kept, 0), "attention_mask": kept.long()}
-    if MORE.get(name, ("",))[0].endswith(("ConditionalGeneration", "MTModel")):
+    if name == "layoutlmv3":
+        inputs["bbox"] = torch.randint(30, (rows, length, 4), generator=draw).sort(-1).values
+    if name in TOWERS:
+        inputs["pixel_values"] = torch.randn(rows, 3, 16, 16, generator=draw, dtype=torch.float64)
+    if (MORE | UNCUT).get(name, ("",))[0].endswith(("ConditionalGeneration", "MTModel")):
         inputs["decoder_input_ids"] = ids.flip(0)
     return inputs, labels
