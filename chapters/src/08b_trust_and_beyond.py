@@ -302,9 +302,9 @@ viz.show(drawing, f"Gain of pretraining in points. Single draws of rows: {told};
 
 # %% [markdown] lang="en"
 # What has it learned, then? It can be asked without any label. Take the first 8 words of each text, and the same words
-# shuffled. Hide every sixth token, then the next ones, until each has been hidden once, and add up the losses: how
-# surprised is it by the text? (Salazar et al. 2020 call this a pseudo-likelihood.) Who knows anything about order is
-# less surprised by the text than by its shuffle.
+# shuffled. Hide every sixth token, then the next ones, until each has been hidden once, and take the mean of the
+# losses: how surprised is it by the text? (Salazar et al. 2020 add them up, and call that a pseudo-likelihood.) Who
+# knows anything about order is less surprised by the text than by its shuffle.
 #
 # **Question.** For how many of 240 texts is it?
 
