@@ -130,7 +130,9 @@ class Stages:
     def open_window(self) -> None:
         """From now on a forward runs one stage."""
         for place, block in enumerate(chain(*self.lists.values())):
-            _ask_window(block, place, self.window, len(self.cuts) > 2)
+            if len(self.cuts) > 2:
+                _check_once(block, place, self.window)
+            _ask_window(block, place, self.window)
 
     def __call__(self, stage: int, state: Any, inputs: Batch) -> Any:
         """Run one stage: the state that leaves it, or, from the last one, what the model returns."""
@@ -210,12 +212,11 @@ def _run_once(encoder: nn.Module, window: Window) -> None:
     encoder.forward = forward
 
 
-def _ask_window(block: nn.Module, place: int, window: Window, check: bool) -> None:
-    """Let a block's forward ask whether it is its turn. check: once also whether what it is given is there."""
+def _ask_window(block: nn.Module, place: int, window: Window) -> None:
+    """Let a block's forward ask whether it is its turn."""
     inner = block.forward
 
     def forward(*arguments: Any, **more: Any) -> Any:
-        nonlocal check
         if window.next is None:
             raise RuntimeError(
                 f"block {place} runs outside of its stage's forward: put a checkpoint inside of the block"
@@ -231,23 +232,30 @@ def _ask_window(block: nn.Module, place: int, window: Window, check: bool) -> No
             return window.state
         if place < window.first:  # what uses it here by mistake shows at once, as NaN
             return pytree.tree_map_only(Tensor, _nothing, window.state)
-        if check:
-            _check_given(place, _floats((arguments, more)), _floats((window.state, window.memory)))
-        check = False
         window.given = inner(*arguments, **more)
         return window.given
 
     block.forward = forward
 
 
-def _check_given(place: int, given: list[Tensor], arrived: list[Tensor]) -> None:
-    """ValueError if a block is given what another stage has: NaN here, though what arrived and the state, which is
-    given first, have numbers."""
-    if any(x.isnan().any() for x in given[1:]) and not any(x.isnan().any() for x in (*given[:1], *arrived)):
-        raise ValueError(
-            f"block {place} is given NaN beside the state: what all blocks read comes from a module that lives on "
-            "another stage. Use pp=1; for a model of transformers, interop.EVERYWHERE can name that module"
-        )
+def _check_once(block: nn.Module, place: int, window: Window) -> None:
+    """Let a block refuse, where it runs first, what another stage has: it is given NaN, though what arrived and the
+    state, which is given first, have numbers."""
+    inner, checked = block.forward, False
+
+    def forward(*arguments: Any, **more: Any) -> Any:
+        nonlocal checked
+        given, arrived = _floats((arguments, more)), _floats((window.state, window.memory))
+        fine = checked or any(x.isnan().any() for x in (*given[:1], *arrived))
+        if not fine and any(x.isnan().any() for x in given[1:]):
+            raise ValueError(
+                f"block {place} is given NaN beside the state: what all blocks read comes from a module that lives on "
+                "another stage. Use pp=1; for a model of transformers, interop.EVERYWHERE can name that module"
+            )
+        checked = True
+        return inner(*arguments, **more)
+
+    block.forward = forward
 
 
 def _give_up(parameter: nn.Parameter) -> None:
