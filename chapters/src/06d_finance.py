@@ -912,7 +912,7 @@ for level, cases in risk.items():
         verdicts[level, name] = count, follow, losses
         tested = f"Kupiec {count:.2g}, Christoffersen {follow:.2g}"
         seen_days = f"exceeded {exceeded.sum():3} of {level * len(exceeded):.0f}"
-        print(f"{level:.0%}  {name:22} {seen_days}   loss {losses.mean():5.2f}   {tested}")
+        print(f"{level:.0%}  {name:21}  {seen_days}  loss {losses.mean():5.2f}  {tested}")
 for level in LEVELS:
     loss = {name: verdicts[level, name][2].mean() for name in risk[level]}
     assert loss["the truth"] < loss["GARCH, fitted"] < loss["GPT"] < loss["historical simulation"]
