@@ -39,7 +39,7 @@
 #
 # </details>
 
-# %% seconds=240
+# %%
 import random
 import re
 import warnings
@@ -56,7 +56,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-# %% seconds=240
+# %%
 import minipar
 from minipar import Config, Mesh, World, connect, corpus, here, ledger, parallelize, viz
 from minipar.collectives import Collective, all_gather, all_reduce, all_to_all, enter_sequence, gather, reduce_scatter
@@ -142,7 +142,7 @@ def reader64():
     return reader().double()
 
 
-# %% seconds=240
+# %%
 inputs, labels = pairs_of_text(seed=0)
 alone = reader64()
 F.cross_entropy(alone(**inputs).logits.flatten(0, 1), labels.flatten()).backward()
@@ -163,7 +163,7 @@ assert right < 1e-12 < 0.01 < wrong
 #
 # Now in earnest, on two data ranks, on the course's documentation text. The learning rate rises, then falls.
 
-# %% seconds=240
+# %%
 STEPS = 400
 
 
@@ -202,7 +202,7 @@ assert last < single < first and round(STEPS * 32 * LENGTH / len(corpus.tokens()
 #
 # **Question.** How many points does pretraining add? Guessing is right in 17 percent.
 
-# %% seconds=240
+# %%
 prediction = None  # points
 
 data = datasets.docstrings()
@@ -272,7 +272,7 @@ def every_other(cases):
     return [fine_tune(*case) for case in cases[here().rank :: here().size]]
 
 
-# %% seconds=240
+# %%
 SEEDS, LABELS, STARTS = range(6), 192, (None, pretrained)
 cases, counting = [], []
 for seed in SEEDS:
@@ -308,7 +308,7 @@ viz.show(drawing, f"Gain of pretraining in points. Single draws of rows: {told};
 #
 # **Question.** For how many of 240 texts is it?
 
-# %% seconds=240
+# %%
 prediction = None  # a share; half would be chance
 
 
@@ -493,7 +493,7 @@ def contrastive(how, mesh, mine, targets):
     return both_ways(mine, *how(mine, connect(mesh)["dp"])), len(mine)
 
 
-# %% seconds=240
+# %%
 WAYS, nothing, found = (local, no_gradient, same_whole, summed), torch.zeros(16), {}
 for way in WAYS:
     loss = partial(contrastive, way, Mesh(dp=4))
@@ -531,7 +531,7 @@ viz.show_source(gather, enter_sequence)
 # On a mesh with tensor ranks there are both kinds in one model: the towers' layers are cut over tp, their vectors
 # gathered over dp.
 
-# %% seconds=240
+# %%
 plan = {f"text.{layer}": style for layer, style in minipar.gpt(Config()).tp_plan.items() if "sequence" not in style}
 mesh = Mesh(dp=2, tp=2)
 loss = partial(contrastive, summed, mesh)
@@ -553,7 +553,7 @@ assert distance(gradients, wanted) < 1e-12
 prediction = None  # three numbers
 
 
-# %% seconds=240
+# %%
 def train_towers(way, pictures, digits, steps=200, rate=2e-3):
     """On a rank: the weights after training, the loss of each step, and bytes by kind of message of the last step."""
     mesh, generator, losses = Mesh(dp=4), torch.Generator().manual_seed(0), []
@@ -580,7 +580,7 @@ def nearest(weights, sentence, pictures):
     return near.argmax(1), near
 
 
-# %% seconds=240
+# %%
 trained = {way: four.run(train_towers, way, pictures[:TRAIN], digits[:TRAIN]) for way in (local, no_gradient, summed)}
 shown, said = pictures[TRAIN:], digits[TRAIN:]
 other = said != 7  # whose word was learned in both languages
@@ -646,7 +646,7 @@ assert sent["all_gather"] + sent["reduce_scatter"] == 2 * vectors * 3 / 4 < sent
 # each of the three new sentences and each digit we take the nearest five pictures of all that were kept for the end.
 # How many show the right digit? And then the word that no caption had. **Question.** What is found for 图里写着七?
 
-# %% seconds=240
+# %%
 prediction = None  # (percent right of known words, what is found for the unknown one)
 
 weights, wordless = trained[summed][0][0], (NEW[2], 7)
@@ -800,7 +800,7 @@ def private_sum(x, y, drawn, sigma, way, model):
     return all_reduce(own, axis) + noise if way == 4 else all_reduce(own + noise, axis)
 
 
-# %% seconds=240
+# %%
 x, y = pictures[:ROWS].double(), private
 drawn = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)) < 0.1
 alone = clipped_sum(row_gradients(model, x[drawn], y[drawn]), 1.0)
@@ -835,7 +835,7 @@ assert (np.abs(variance / wanted - 1) < error).all()
 #
 # $$ε = \frac{T α}{2 σ^2} - \frac{\ln δ + \ln α}{α - 1} + \ln\frac{α - 1}{α}$$
 
-# %% seconds=240
+# %%
 with warnings.catch_warnings():  # what torch says to opacus is not for us
     warnings.simplefilter("ignore")
     from opacus.accountants import RDPAccountant
@@ -910,7 +910,7 @@ def ordinarily(seed, x, y, others, steps=400):
     return model(x).argmax(1), model(others).argmax(1)
 
 
-# %% seconds=240
+# %%
 SIGMAS = 12.5, 3.75, 1.35, 0.67
 CASES = {f"σ {sigma:4}, ε {epsilon(sigma):5.2f}": (1.0, sigma) for sigma in SIGMAS}
 CASES |= {"clipped, no noise": (1.0, 0.0), "not clipped, no noise": (torch.inf, 0.0)}
@@ -1041,7 +1041,7 @@ def masked_share(x, axis, seeds):
     return share
 
 
-# %% seconds=240
+# %%
 def secure_sum(x, y, drawn):
     """On a rank: its gradient, its share, the seeds, the sum, and what was sent, plain and masked."""
     axis = connect(Mesh(dp=4))["dp"]
@@ -1195,7 +1195,7 @@ def train_gpt(steps):
     return losses, model.full_state_dict()
 
 
-# %% seconds=240
+# %%
 losses, weights = two.run(train_gpt, 400)[0]
 print(f"loss {np.mean(losses[:5]):.2f} at first, {np.mean(losses[-20:]):.2f} at the end")
 assert np.mean(losses[-20:]) < 3.5
@@ -1248,7 +1248,7 @@ def on_four(weights, tokens):
 # **Question.** A rank sees the map of one head. All ranks' maps are gathered. How far are they from those of one
 # process, and what shape has a rank's own part?
 
-# %% seconds=240
+# %%
 prediction = None  # (distance, shape)
 
 rows = torch.stack([corpus.tokens()[place : place + 65] for place in range(20_000, 30_000, 500)])
@@ -1329,7 +1329,7 @@ def lens_on_rank(weights, tokens, targets):
     return found
 
 
-# %% seconds=240
+# %%
 seen = four.run(lens_on_rank, weights, tokens, targets)[0]
 for state, (token, chance, loss) in zip(stream, seen, strict=True):
     logits = alone.head(alone.norm(state))
@@ -1448,7 +1448,7 @@ def steered_on_rank(weights, tokens, vector):
     return [steered(model.module, lambda: model.forward(tokens), part) for part in (vector, vector / 4, own)]
 
 
-# %% seconds=240
+# %%
 prose = both["prose"][1][:, :-1]
 wanted = steered(alone, lambda: alone(prose), PUSH * direction)
 answers = four.run(steered_on_rank, weights, prose, PUSH * direction)
@@ -1466,7 +1466,7 @@ assert (answers[0][0] - wanted).abs().max() < 1e-11 and all((x - wanted).abs().m
 # **Question.** The model reads prose. Which probability does it give to code's tokens, on average: as it is; pushed
 # towards code; pushed away from it; pushed in a random direction, just as far?
 
-# %% seconds=240
+# %%
 prediction = None  # four shares
 
 
@@ -1527,7 +1527,7 @@ viz.show(
 # What does it write, pushed all the while?
 
 
-# %% seconds=240
+# %%
 def written(vector, seed=0):
     """96 tokens that the model adds to a beginning, pushed all the while."""
     draw, ids = torch.Generator().manual_seed(seed), corpus.tokenizer().encode("For example,").ids
