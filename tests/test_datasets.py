@@ -13,6 +13,7 @@ import wave
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,14 @@ def test_a_file_that_is_gone_is_told_by_its_status(films):
 # -- data_dir --------------------------------------------------------------------------------------------------
 
 
+def test_only_a_line_feed_ends_a_row(films, monkeypatch):
+    content = "one \x85 row . \n".encode()
+    films.files["/films/rt-polarity.pos"] = content
+    files = datasets.REVIEWS.files | {"rt-polarity.pos": sha256(content)}
+    monkeypatch.setattr(datasets, "REVIEWS", replace(datasets.REVIEWS, files=files))
+    assert reviews().texts[-1] == "one \x85 row ." and len(reviews().texts) == 3
+
+
 def test_a_folder_of_ones_own_needs_no_network(films, tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
@@ -256,11 +265,35 @@ def test_what_is_no_archive_or_half_of_one_is_refused(recordings, content):
     assert kept() == {}
 
 
-def test_a_disk_that_takes_no_file_is_not_blamed_on_the_archive(recordings):
-    (datasets.cache() / "spoken_digits" / "7_bob_1.wav").mkdir(parents=True)
-    with pytest.raises(NotAvailable, match=r"[Dd]irectory") as problem:
+def test_a_full_disk_is_not_blamed_on_the_archive_and_nothing_is_left_on_it(recordings, monkeypatch):
+    write = Path.write_bytes
+
+    def fill(path, content):
+        write(path, content[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(NotAvailable, match="No space left") as problem:
         spoken_digits()
-    assert "no such archive" not in str(problem.value)
+    assert "no such archive" not in str(problem.value) and kept() == {}
+
+
+def test_a_cache_that_cannot_be_made_is_named(recordings, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets, "cache", lambda: tmp_path / "file" / "cache")
+    with pytest.raises(NotAvailable, match="file/cache"):
+        spoken_digits()
+
+
+def test_a_link_in_an_archive_is_no_file(recordings):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        link = tarfile.TarInfo("digits-26eb9a/recordings/0_ada_0.wav")
+        link.type, link.linkname = tarfile.SYMTYPE, "nowhere.wav"
+        archive.addfile(link)
+    recordings.files["/tar.gz/26eb9a"] = content.getvalue()
+    with pytest.raises(NotAvailable, match=r"0_ada_0\.wav is not in it"):
+        spoken_digits()
 
 
 def test_names_in_an_archive_lead_to_no_other_place(recordings, tmp_path):

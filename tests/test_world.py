@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minipar import World, here, main, travel
+from minipar import RankError, World, crew, here, main, travel
 from minipar.report import Output
 
 
@@ -296,6 +296,35 @@ def test_a_lock_of_several_processes_that_a_rank_holds_is_given_back(tmp_path: P
     )
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
     assert not done.stderr
+
+
+def test_only_ranks_without_work_are_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "LEAVE", 30.0)
+    start = time.monotonic()
+    with World(2) as world:
+        world.run(os.getpid)
+        with pytest.raises(RankError, match="limit"):
+            world.run(time.sleep, 1000, limit=0.2)
+    assert time.monotonic() - start < 20
+
+
+def test_ranks_that_do_not_end_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "LEAVE", 1.0)
+    world = World(4)
+    world.run(lambda: threading.Thread(target=time.sleep, args=(1000,)).start())
+    start = time.monotonic()
+    world.close()
+    assert 0.9 < time.monotonic() - start < 3
+
+
+def test_a_fork_of_the_caller_does_not_end_its_ranks() -> None:
+    with World(2) as world:
+        pids = world.run(os.getpid)
+        if (fork := os.fork()) == 0:
+            world.close()
+            os._exit(0)
+        os.waitpid(fork, 0)
+        assert world.run(os.getpid) == pids
 
 
 def test_a_killed_caller_leaves_no_process_and_no_file(tmp_path: Path) -> None:

@@ -335,11 +335,11 @@ def _unpack(source: Source, folder: Path) -> None:
     the files in it."""
     with tempfile.TemporaryDirectory() as room:
         _download(source, source.url, Path(room), "archive.tar.gz", None)
-        folder.mkdir(parents=True, exist_ok=True)
         left = dict(source.files)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with tarfile.open(Path(room) / "archive.tar.gz") as archive:
-                for member in archive:
+                for member in filter(tarfile.TarInfo.isfile, archive):
                     name = member.name.rpartition("/")[2]
                     if name in left and (file := archive.extractfile(member)):
                         _keep(file.read(), folder / name, left.pop(name))
@@ -356,8 +356,11 @@ def _keep(content: bytes, file: Path, wanted: str) -> None:
     if digest != wanted:
         raise ValueError(f"{file.name} in it has the SHA-256 {digest}, wanted is {wanted}")
     part = file.with_name(f"{file.name}.{os.getpid()}.part")  # another process may be at it, too
-    part.write_bytes(content)
-    part.replace(file)
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _not_available(source: Source, url: str, reason: str) -> NotAvailable:
