@@ -67,6 +67,7 @@ DEBERTA = {
     "colwise": "attention.self.query_proj attention.self.key_proj attention.self.value_proj "
     "attention.self.pos_key_proj attention.self.pos_query_proj intermediate.dense",
     "rowwise": "attention.output.dense output.dense",
+    "replicate": "attention.self.pos_dropout",  # of whole embeddings of positions, behind a layer that is cut
 }
 CLIP = {
     "colwise": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1",

@@ -284,8 +284,18 @@ def all_reduce_output(layer: nn.Module, region: Region, entrance: Entrance) -> N
     layer.forward = lambda *arguments, **more: leave(inner(*arguments, **more), region.axis)
 
 
-def as_it_is(layer: nn.Module, region: Region, entrance: Entrance) -> None:
-    """Whole on every rank, and so is its gradient."""
+def replicate(layer: nn.Module, region: Region, entrance: Entrance) -> None:
+    """Whole on every rank, and so is its gradient. What it draws at random is the same, too, even between cut layers."""
+    inner = layer.forward
+
+    def forward(*arguments: Any, **more: Any) -> Any:
+        inside = region.streams.inside
+        region.streams.go(inside=False)
+        y = inner(*arguments, **more)
+        region.streams.go(inside)
+        return y
+
+    layer.forward = forward
 
 
 STYLES: dict[str, Callable[..., Head | None]] = {
@@ -304,8 +314,9 @@ STYLES: dict[str, Callable[..., Head | None]] = {
         moe_tp_experts,
         mla_kv_a_proj,
         divided,
+        replicate,
     )
-} | {"all_reduce": all_reduce_output, "replicate": as_it_is}
+} | {"all_reduce": all_reduce_output}
 
 
 # Where a plan names a parameter, its layer's forward stays as it is. What counts is the dim, whatever it means there.
