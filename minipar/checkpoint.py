@@ -627,6 +627,8 @@ def load_weights(file: str | Path, model: Parallel) -> None:
 
 # -- a folder for transformers ---------------------------------------------------------------------------------
 
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")  # names of its files
+
 
 def save_pretrained(folder: str | Path, model: Parallel) -> Path:
     """Write a model of transformers into a folder that `from_pretrained` loads, on whatever layout it is. Every rank
@@ -654,8 +656,9 @@ def save_pretrained(folder: str | Path, model: Parallel) -> Path:
                     os.fsync(whole_file.fileno())
                 file.replace(folder / file.name)
             part.rmdir()
-            for old in {*folder.glob("model*.safetensors*")} - {folder / file.name for file in written}:
-                old.unlink()  # weights of an earlier save, in files of other names
+            for old in {*folder.iterdir()} - {folder / file.name for file in written}:
+                if WEIGHTS.fullmatch(old.name):
+                    old.unlink()  # of an earlier save, in files of other names
             _sync(folder)
 
     on_all(write)

@@ -231,7 +231,8 @@ def look_at_labels(model: Any, inputs: Any) -> None:
     if not causal or not isinstance(inputs, dict) or not {"input_ids", "labels"} <= inputs.keys():
         return
     ids, labels = inputs["input_ids"], inputs["labels"]
-    if ids.shape == labels.shape and bool(((labels == ids) | (labels == IGNORED)).all()):
+    counts = labels != IGNORED
+    if ids.shape == labels.shape and bool(((labels == ids) | ~counts).all() & counts.any()):
         warnings.warn(
             "labels are the tokens themselves, so each position learns to give its own token. Shift them: "
             "labels = ids.roll(-1, 1), with -100 for the last of a row",

@@ -285,7 +285,7 @@ def all_reduce_output(layer: nn.Module, region: Region, entrance: Entrance) -> N
 
 
 def replicate(layer: nn.Module, region: Region, entrance: Entrance) -> None:
-    """Whole on every rank, and so is its gradient. What it draws at random is the same, too, even between cut layers."""
+    """Whole on every rank, and so is its gradient. What it draws is the same, too, even between cut layers."""
     inner = layer.forward
 
     def forward(*arguments: Any, **more: Any) -> Any:

@@ -145,6 +145,10 @@ UNCUT: dict[str, tuple[str, dict[str, Any]]] = {
         "BeitForImageClassification",
         MODELS["vit"][1] | {"use_shared_relative_position_bias": True, "drop_path_rate": 0.0},
     ),
+    "data2vec-vision": (
+        "Data2VecVisionForImageClassification",
+        MODELS["vit"][1] | {"use_shared_relative_position_bias": True, "drop_path_rate": 0.0},
+    ),
     "deberta": ("DebertaForMaskedLM", BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "layoutlmv3": (
         "LayoutLMv3ForTokenClassification",
@@ -184,7 +188,7 @@ def batch(name: str, rows: int = 5, length: int = 12) -> tuple[dict[str, Tensor]
     if name in ("wav2vec2", "hubert"):
         sound = torch.randn(rows, 100, generator=draw, dtype=torch.float64)
         return {"input_values": sound}, torch.randint(7, (rows,), generator=draw)
-    if name in ("vit", "deit", "beit"):
+    if name in ("vit", "deit", "beit", "data2vec-vision"):
         pixels = torch.randn(rows, 3, 16, 16, generator=draw, dtype=torch.float64)
         return {"pixel_values": pixels}, torch.randint(7, (rows,), generator=draw)
     ids, labels = (torch.randint(3, VOCABULARY, (rows, length), generator=draw) for _ in range(2))
