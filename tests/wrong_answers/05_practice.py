@@ -24,7 +24,7 @@ def split(texts, sources, share, seed):
     return learn, judge
 
 
-# %% task="05.1" says="the judge gets the rows"
+# %% task="05.1" says="the judge should get the rows"
 def split(texts, sources, share, seed):
     names = sorted(set(sources))
     random.Random(seed).shuffle(names)
@@ -35,7 +35,7 @@ def split(texts, sources, share, seed):
     return learn, judge
 
 
-# %% task="05.1" says="the judge gets the rows"
+# %% task="05.1" says="the judge should get the rows"
 def split(texts, sources, share, seed):
     names, kept = sorted(set(sources)), set()
     random.Random(seed).shuffle(names)
@@ -65,6 +65,15 @@ def scores(axis, truth, answer, classes):
     given = torch.bincount(answer, minlength=classes).double()
     f1 = 2 * right / (rows + given).clamp(min=1)
     return torch.stack([right / given.clamp(min=1), right / rows.clamp(min=1), f1])
+
+
+# %% task="05.2" says="is 0.600000024, not 0.6: divided in float32?"
+def scores(axis, truth, answer, classes):
+    right = torch.bincount(truth[truth == answer], minlength=classes)
+    rows, given = torch.bincount(truth, minlength=classes), torch.bincount(answer, minlength=classes)
+    right, rows, given = all_reduce(torch.stack([right, rows, given]), axis)
+    f1 = 2 * right / (rows + given).clamp(min=1)
+    return torch.stack([right / given.clamp(min=1), right / rows.clamp(min=1), f1]).double()  # too late
 
 
 # %% task="05.2" says="bytes for 6 classes"
@@ -113,7 +122,7 @@ def epoch(axis, model, optimizer, x, y, batch):
         optimizer.step()
 
 
-# %% task="05.3" says="12 rows in batches of 6 on 4 ranks"
+# %% task="05.3" says="ranks have [1, 2, 1, 2], and each row counts 1/6. A mean of means is not the mean."
 def epoch(axis, model, optimizer, x, y, batch):
     for start in range(0, len(x), batch):
         some, labels = x[start : start + batch], y[start : start + batch]
@@ -127,7 +136,7 @@ def epoch(axis, model, optimizer, x, y, batch):
         optimizer.step()
 
 
-# %% task="05.3" says="21 rows in batches of 6 on 4 ranks"
+# %% task="05.3" says="Of a batch of 3 rows, ranks have [0, 1, 1, 1], and each row counts 1/3."
 def epoch(axis, model, optimizer, x, y, batch):
     for start in range(0, len(x), batch):
         some, labels = x[start : start + batch], y[start : start + batch]
@@ -135,6 +144,48 @@ def epoch(axis, model, optimizer, x, y, batch):
         mine = slice(edges[axis.index], edges[axis.index + 1])
         optimizer.zero_grad()
         (F.cross_entropy(model(some[mine]), labels[mine], reduction="sum") / batch).backward()  # the last one has fewer
+        flat = all_reduce(torch.cat([p.grad.flatten() for p in model.parameters()]), axis)
+        for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+            p.grad = part.view_as(p)
+        optimizer.step()
+
+
+# %% task="05.3" says="is 0.25 times that of one process, on every rank: divided once too often by the 4 ranks?"
+def epoch(axis, model, optimizer, x, y, batch):
+    for start in range(0, len(x), batch):
+        some, labels = x[start : start + batch], y[start : start + batch]
+        edges = bounds(len(some), axis.size)
+        mine = slice(edges[axis.index], edges[axis.index + 1])
+        optimizer.zero_grad()
+        (F.cross_entropy(model(some[mine]), labels[mine], reduction="sum") / len(some)).backward()
+        flat = all_reduce(torch.cat([p.grad.flatten() for p in model.parameters()]), axis) / axis.size
+        for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+            p.grad = part.view_as(p)
+        optimizer.step()
+
+
+# %% task="05.3" says="is 4 times that of one process, on every rank: summed over the 4 ranks?"
+def epoch(axis, model, optimizer, x, y, batch):
+    for start in range(0, len(x), batch):
+        some, labels = x[start : start + batch], y[start : start + batch]
+        edges = bounds(len(some), axis.size)
+        mine = slice(edges[axis.index], edges[axis.index + 1])
+        optimizer.zero_grad()
+        F.cross_entropy(model(some[mine]), labels[mine]).backward()  # a mean on each rank, and the sum of means
+        flat = all_reduce(torch.cat([p.grad.flatten() for p in model.parameters()]), axis)
+        for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+            p.grad = part.view_as(p)
+        optimizer.step()
+
+
+# %% task="05.3" says="is 8 times that of one process, on every rank. Of a batch of 8 rows, ranks have [2, 2, 2, 2]"
+def epoch(axis, model, optimizer, x, y, batch):
+    for start in range(0, len(x), batch):
+        some, labels = x[start : start + batch], y[start : start + batch]
+        edges = bounds(len(some), axis.size)
+        mine = slice(edges[axis.index], edges[axis.index + 1])
+        optimizer.zero_grad()
+        F.cross_entropy(model(some[mine]), labels[mine], reduction="sum").backward()
         flat = all_reduce(torch.cat([p.grad.flatten() for p in model.parameters()]), axis)
         for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
             p.grad = part.view_as(p)
@@ -172,6 +223,31 @@ def head_plan():
 # %% task="05.4" says="is none of the four styles"
 def head_plan():
     return {"blocks.*.up": "columns", "blocks.*.down": "rows", "head": "colwise_gather_output"}
+
+
+# %% task="05.4" says="'head' is rowwise, which takes a share of its inputs, and the outputs of 'blocks.*.down'"
+def head_plan():
+    return {"blocks.*.norm": "replicate", "blocks.*.up": "colwise", "blocks.*.down": "rowwise", "head": "rowwise"}
+
+
+# %% task="05.4" says="'blocks.*.up' is rowwise, which takes a share of its inputs, and the outputs of 'blocks.*.norm'"
+def head_plan():
+    return {"blocks.*.up": "rowwise", "blocks.*.down": "colwise", "head": "colwise_gather_output"}
+
+
+# %% task="05.4" says="takes its inputs whole, and the outputs of 'blocks.*.up', colwise, come in shares"
+def head_plan():
+    return {"blocks.*.up": "colwise", "blocks.*.down": "replicate", "head": "colwise_gather_output"}
+
+
+# %% task="05.4" says="'embed' is rowwise, which takes a share of its inputs, and the rows come whole"
+def head_plan():
+    return {"embed": "rowwise", "head": "colwise_gather_output"}
+
+
+# %% task="05.4" says="matches no layer"
+def head_plan():
+    return {"blocks.up": "colwise", "blocks.*.down": "rowwise", "head": "colwise_gather_output"}
 
 
 # %% task="05.5" says="has moved, and it was to stay"
@@ -237,6 +313,57 @@ def fine_tune(model, mesh, x, y, batch, passes):
     parallel = parallelize(model, mesh, plan=PLAN, microbatches=2)
     blocks = [p for name, p in parallel.named_parameters() if p.requires_grad and not name.startswith("head")]
     optimizer = torch.optim.SGD([{"params": blocks}], lr=0.02, momentum=0.9)
+    for start in [*range(0, len(x), batch)] * passes:
+        parallel.step(x[start : start + batch], y[start : start + batch])
+        optimizer.step()
+    return parallel.full_state_dict()
+
+
+# %% task="05.5" says="or was the optimizer made before parallelize?"
+def fine_tune(model, mesh, x, y, batch, passes):
+    model.embed.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if not name.startswith("head")], "lr": 0.02},
+        {"params": [p for name, p in named if name.startswith("head")], "lr": 0.2},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    parallel = parallelize(model, mesh, plan=PLAN, microbatches=2)
+    for start in [*range(0, len(x), batch)] * passes:
+        parallel.step(x[start : start + batch], y[start : start + batch])
+        optimizer.step()
+    return parallel.full_state_dict()
+
+
+# %% task="05.5" says="blocks are given [4] rows at once: two microbatches of 4 rows have 2 each"
+def fine_tune(model, mesh, x, y, batch, passes):
+    model.embed.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    parallel = parallelize(model, mesh, plan=PLAN)
+    named = [(name, p) for name, p in parallel.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if not name.startswith("head")], "lr": 0.02},
+        {"params": [p for name, p in named if name.startswith("head")], "lr": 0.2},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    for start in [*range(0, len(x), batch)] * passes:
+        parallel.step(x[start : start + batch], y[start : start + batch])
+        optimizer.step()
+    return parallel.full_state_dict()
+
+
+# %% task="05.5" says="blocks are given [1] rows at once"
+def fine_tune(model, mesh, x, y, batch, passes):
+    model.embed.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    parallel = parallelize(model, mesh, plan=PLAN, microbatches=4)
+    named = [(name, p) for name, p in parallel.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if not name.startswith("head")], "lr": 0.02},
+        {"params": [p for name, p in named if name.startswith("head")], "lr": 0.2},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     for start in [*range(0, len(x), batch)] * passes:
         parallel.step(x[start : start + batch], y[start : start + batch])
         optimizer.step()
