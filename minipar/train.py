@@ -42,6 +42,7 @@ from .recompute import HOW, keep_less
 from .recording import collect
 from .schedule import Action, Op, Scheduler, check, communicate, forward_only, one_f_one_b, owners
 from .timeline import Costs, Span, Timeline, simulate
+from .transport import unbooked
 from .world import here
 from .wrap import Stage, Wrap, Wrapped, copy_part, hide, local, together
 from .zero import Shares, Unit
@@ -255,6 +256,8 @@ class Parallel:
         inputs, targets = _to(inputs, self.device), _to(targets, self.device)
         if len(set(sizes)) > 1:
             raise ValueError(f"inputs and targets have {sizes} rows: all must have the same number")
+        if self.steps == 0 and not local:
+            _check_rows([*_tensors(inputs), *_tensors(targets)], self.device)
         # A count that all ranks agree on before the true one is known. Where all labels count, it is the true one.
         guess = 1 if local else next(iter(_tensors(targets))).numel()
         batches, labels = self._microbatches(inputs, local), self._microbatches(self._share(targets), local)
@@ -762,12 +765,32 @@ def _own_memory(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
 def _check_replicas(model: nn.Module, device: torch.device) -> None:
     """ValueError if the ranks were given different weights. The sum of all of them says so."""
     total = sum((p.detach().double().sum().to(device) for p in model.parameters()), torch.zeros((), device=device))
-    most, least = all_reduce(torch.stack([total, -total]).double(), everyone(), "max").tolist()
-    if most + least > 1e-9 * (1 + abs(most)):
+    if _differs(total):
         raise ValueError(
             "the ranks have different initial weights: seed every rank alike before the model is built, or load the "
             "same weights on all"
         )
+
+
+def _check_rows(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """ValueError if the ranks were given different rows, or the same in another order. A sum with weights that no two
+    places share says so. It is made once, and is no part of what a step sends."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for x in tensors:
+        places = torch.arange(x.numel(), dtype=torch.float64, device=device)
+        total += (1 + x.detach().flatten().double()) @ (1.5 + places.sin())
+    with unbooked():
+        if _differs(total):
+            raise ValueError(
+                "the ranks were given different batches: step takes the global batch, the same rows in the same order "
+                "on every rank (draw them with one seed), and shares it out. Or give each data rank its own, local=True"
+            )
+
+
+def _differs(number: Tensor) -> bool:
+    """Whether the ranks have different ones."""
+    most, least = all_reduce(torch.stack([number, -number]).double(), everyone(), "max").tolist()
+    return most + least > 1e-9 * (1 + abs(most))
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

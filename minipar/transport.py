@@ -77,6 +77,16 @@ def ledger() -> Iterator[Ledger]:
         _reading.remove(book)
 
 
+@contextmanager
+def unbooked() -> Iterator[None]:
+    """What this rank sends inside of the `with` is entered in no ledger."""
+    books, _reading[:] = [*_reading], []
+    try:
+        yield
+    finally:
+        _reading[:] = books
+
+
 def _enter(op: str, axis: str, sent: float) -> Entry:
     entry = Entry(op, axis, round(sent), time.perf_counter(), _source() if _reading else "")
     for book in _reading:

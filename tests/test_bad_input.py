@@ -85,6 +85,11 @@ def other_weights():
     return lay_out(gpt(TINY))
 
 
+def other_order():
+    rows = torch.arange(16).view(4, 4).roll(torch.distributed.get_rank(), 0)
+    lay_out(mesh=Mesh(tp=2)).step(rows, rows)
+
+
 def without_gradients():
     with torch.no_grad():
         lay_out().step(torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long))
@@ -98,6 +103,7 @@ REFUSED = {
         ["OwnForward", "nn.Linear"],
     ),
     "other weights on each rank": (other_weights, ValueError, ["different initial weights", "seed every rank alike"]),
+    "the same rows in another order": (other_order, ValueError, ["different batches", "the same order", "local=True"]),
     "a step without gradients": (without_gradients, RuntimeError, ["no_grad", "forward"]),
     "a batch that is a list": (lambda: lay_out().step([1, 2], LABELS), TypeError, ["list", "dict of tensors"]),
     "a parameter frozen after parallelize": (frozen_late, ValueError, ["embed.token.weight is frozen since", "again"]),
