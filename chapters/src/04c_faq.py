@@ -513,9 +513,9 @@ viz.show(
 
 # %% [markdown] lang="en"
 # First, how good is such a number? With 360 rows to judge by, its standard error is 2.6 points at 60 percent. That the
-# fine-tuned model seems to lose from 768 to 3,072 docstrings is no finding. And the files were divided once. On another
-# division, [05](05_practice.ipynb) found counting words and fine-tuning level on docstrings with 768 labels, 60.7 and
-# 61.4 percent. What is left:
+# fine-tuned model seems to lose from 768 to 3,072 docstrings is no finding. And the files were divided once. With 768
+# docstrings fine-tuning is 10 points ahead of counting words here; on five other divisions, with four blocks trained,
+# [05](05_practice.ipynb) found 1 to 8. What is left:
 #
 # - **Fine-tuning** is ahead with few labels, and on film reviews throughout. It costs a GPU, or patience: 3,072 rows
 #   took five to seven minutes on two cores that had other work, and counting words less than a second.
