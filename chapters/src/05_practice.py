@@ -642,8 +642,8 @@ viz.show(drawing, f"How many points better than counting words, a line for each 
 # by less with 768 labels than with 192. Our reading: words tell much about a docstring, and each label teaches new
 # ones. This chapter's division happens to be the one with the smallest gain, in both columns. On it alone one would say
 # that with 768 labels no difference is left: the interval there is from −3.5 to +4.9. And with 192 and seed 0, three of
-# the four others lie beyond the interval above, which ends at +12.8. So an interval answers for the luck that was drawn, and
-# for no other. If you can afford it, divide several times.
+# the four others lie beyond the interval above, which ends at +12.8. So an interval answers for the luck that was
+# drawn, and for no other. If you can afford it, divide several times.
 #
 # The document's film reviews we ran once, on one division, with 768 labels: counting words 65.3, fine-tuned 75.1
 # percent. That is +9.9 points before rounding, and the interval begins at +5.4. (Only its lower end was kept. A test of
