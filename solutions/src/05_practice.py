@@ -119,12 +119,14 @@ def split(texts: list[str], sources: list[str], share: float, seed: int) -> tupl
 # NBVAL_CHECK_OUTPUT
 with verdict():
     texts = ["Plot it", "Sum it", "sum it", "Solve it", "Cut it", "Draw it", "PLOT IT", "Fit it", "Add it"]
-    texts, sources = [*texts, "Solve it", "Join it", "Plan it"], [*"ddaaaaaceebf"]
-    for share, seed in ((1 / 3, 0), (1 / 3, 1), (0.5, 2), (0.25, 3), (1 / 6, 4)):
+    texts, sources = [*texts, "Solve it", "Join it", "Add it."], ["ba", "ba", *5 * ["a"], "b", "bab", "bab", "ab", "c"]
+    for share, seed in ((1 / 3, 0), (0.3, 1), (0.5, 2), (0.25, 3), (1 / 6, 4)):
         names = sorted(set(sources))
         random.Random(seed).shuffle(names)
-        found = returned(split(list(texts), list(sources), share, seed), "split")
-        assert isinstance(found, tuple) and len(found) == 2, "`split` returns two lists: to learn from, to judge by"
+        mine = [*texts], [*sources]
+        found = returned(split(*mine, share, seed), "split")
+        assert mine == (texts, sources), "`split` has changed the lists that it was given"
+        assert isinstance(found, tuple | list) and len(found) == 2, "`split` returns two lists: to learn, to judge"
         learn, judge = (list(side) for side in found)
         both = {sources[row] for row in learn} & {sources[row] for row in judge}
         assert not both, f"source {sorted(both)[0]!r} is on both sides: whole sources go to one side"
@@ -211,7 +213,7 @@ def answers_of(sizes: list[int], classes: int, seed: int) -> tuple[int, list[Ten
 # Check of 05.2: run this after your answer
 # NBVAL_CHECK_OUTPUT
 with verdict():
-    cases = [answers_of([5, 9, 2, 0], 6, 1), answers_of([7, 1, 3, 4], 9, 2)]
+    cases = [answers_of([5, 9, 2, 0], 6, 1), answers_of([7, 1, 3, 4], 9, 2), answers_of([9000, 9, 2, 0], 6, 3)]
     for size in (4, 2):
         for rank, found in enumerate(along(world, "dp", scored, scores, cases, size=size)):
             for (classes, truths, answers), (got, calls, sent) in zip(cases, found, strict=True):
@@ -301,7 +303,8 @@ def trained(axis: Axis, epoch: Callable, number: int, batch: int) -> tuple[dict[
     model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with ledger() as book:
-        epoch(axis, model, optimizer, *rows_and_labels(number), batch)
+        epoch(axis, model, optimizer, *(mine := rows_and_labels(number)), batch)
+    assert all(a.equal(b) for a, b in zip(mine, rows_and_labels(number), strict=True)), "`epoch` has changed the rows"
     return changes(model), book.calls(), book.bytes(), sum(seen)
 
 
@@ -521,7 +524,7 @@ def share_right(weights: dict[str, Tensor], depth: int) -> float:
 # NBVAL_CHECK_OUTPUT
 with verdict():
     for mesh, rows, batch, passes in (
-        (Mesh(dp=4), 48, 16, 2),
+        (Mesh(dp=4), 44, 16, 2),
         (Mesh(dp=2, tp=2), 24, 8, 1),
         (Mesh(pp=2, tp=2), 48, 8, 3),
     ):
@@ -532,6 +535,8 @@ with verdict():
             returned(mine, "fine_tune")
             missing = sorted(start.keys() - mine.keys())
             assert not missing, f"{mesh}, rank {rank}: {missing[0]} is not in what you return: full_state_dict()"
+            shapes = [n for n in start if mine[n].shape != start[n].shape]
+            assert not shapes, f"{mesh}, rank {rank}: {shapes[0]} is this rank's part: use full_state_dict()"
             moved = [
                 name for name in start if name.startswith(("embed", "blocks.0")) and (mine[name] != start[name]).any()
             ]
@@ -543,9 +548,9 @@ with verdict():
         assert not still, f"{mesh}: {still[0]} has not moved at all: {why}"
         told = difference(weights, whole, "weight")
         assert not told, f"{mesh}: {told} Look at learning rates, momentum, the order of the rows."
-        mine, half = batch // mesh.dp, batch // mesh.dp // 2
-        told = f"{mesh}: blocks are given {seen[0]} rows at once: two microbatches of {mine} rows have {half} each"
-        assert seen[0] == [half], told
+        half = sorted({n // mesh.dp // 2 for n in (batch, rows % batch or batch)})
+        told = f"{mesh}, batches of {batch}: blocks are given {seen[0]} rows at once, and in two microbatches {half}"
+        assert seen[0] == half, told
     right = share_right(weights[0], 4)
     assert right > 0.9, f"only {right:.0%} of 500 new rows are labeled right"
 print("the weights of one process on three meshes; more than 90 percent of 500 new rows are right")
