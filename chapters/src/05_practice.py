@@ -16,9 +16,9 @@
 # [Which model, which layout, and how](04c_faq.ipynb). The chapter mirrors sections 4.3 and 5.1 to 5.4 of the document
 # that this course follows and tests, 《大规模语言模型从理论到实践 混合并行》.
 #
-# **How to read it.** As before: write your prediction into the cell before you run it. Training shows a progress bar,
-# and takes a few minutes in all: two and a half in the stored run, on a machine that had other work. Nothing is
-# downloaded unless you say so, once `make setup` has run.
+# **How to read it.** As before: write your prediction into the cell before you run it. Training shows a progress bar.
+# It takes about a minute in all on two idle cores, and the whole chapter two. Nothing is downloaded unless you say so,
+# once `make setup` has run.
 #
 # ## Three questions on the chapters before
 #
