@@ -123,7 +123,7 @@ KNOWN = {
 LEFT_OUT = {
     "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
     "cohere": {f"layers.*.self_attn.{norm}.weight": "colwise" for norm in ("q_norm", "k_norm")},  # a row for each head
-    "glm4_moe": {f"layers.*.self_attn.{x}": "replicated_with_grad_allreduce" for x in ("q_norm", "k_norm")},
+    "glm4_moe": {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in ("q_norm", "k_norm")},
 }
 PLANS = {model_type: plan for types, plan in KNOWN.items() for model_type in types.split()}
 # Modules that are used once, in front of all blocks, and whose result all blocks read.

@@ -245,9 +245,11 @@ def _check_once(block: nn.Module, place: int, window: Window) -> None:
 
     def forward(*arguments: Any, **more: Any) -> Any:
         nonlocal checked
+        if checked:
+            return inner(*arguments, **more)
         given, arrived = _floats((arguments, more)), _floats((window.state, window.memory))
-        fine = checked or any(x.isnan().any() for x in (*given[:1], *arrived))
-        if not fine and any(x.isnan().any() for x in given[1:]):
+        before = any(x.isnan().any() for x in (*given[:1], *arrived))
+        if not before and any(x.isnan().any() for x in given[1:]):
             raise ValueError(
                 f"block {place} is given NaN beside the state: what all blocks read comes from a module that lives on "
                 "another stage. Use pp=1; for a model of transformers, interop.EVERYWHERE can name that module"

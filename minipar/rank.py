@@ -178,7 +178,7 @@ def live(seat: Seat, jobs: Connection, control: Connection, out: Connection, err
         try:
             job = jobs.recv_bytes()
         except EOFError:
-            return
+            return  # multiprocessing then gives back what this process has of the system, such as semaphores
         board.begin()
         answer = _answer(job)
         sys.stdout.flush()
