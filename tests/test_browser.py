@@ -90,11 +90,11 @@ def moves(explorer):
 
 
 def until(is_so, seconds, page):
-    """Whether it is so in the end."""
+    """Whether it is so at some time."""
     deadline = time.monotonic() + seconds
-    while not is_so() and time.monotonic() < deadline:
+    while not (so := is_so()) and time.monotonic() < deadline:
         page.wait_for_timeout(50)
-    return is_so()
+    return so
 
 
 def move_all(explorer, where):
@@ -108,10 +108,11 @@ def move_all(explorer, where):
             if until(lambda old=before: image.get_attribute("src") != old, 20 / len(ways), explorer.page):
                 break
         assert image.get_attribute("src") != before, f"{where}: {control} moves, and the picture stays"
-        # Picture and caption change one after the other, and the way back of the last control may still be drawn.
-        until(lambda: caption.inner_text() == image.get_attribute("alt"), 20, explorer.page)
-        assert caption.inner_text() == image.get_attribute("alt")
+        # Picture and caption change one after the other.
+        fits = until(lambda: caption.inner_text() == image.get_attribute("alt"), 20, explorer.page)
+        assert fits, f"{where}: {control} moves, and its caption is {caption.inner_text()}"
         back()
+        until(lambda old=before: image.get_attribute("src") == old, 5, explorer.page)  # where it began at the first
         moved += 1
     return moved
 
@@ -189,8 +190,8 @@ def move(explorer, moves):
         before = image.get_attribute("src")
         explorer.get_by_role("combobox", name=name, exact=True).select_option(value)
         caption.get_by_text(said).wait_for(timeout=30_000)
-        assert image.get_attribute("src") != before, (name, value)
-        assert said in image.get_attribute("alt")
+        moved = until(lambda old=before: image.get_attribute("src") != old, 30, explorer.page)
+        assert moved and said in image.get_attribute("alt"), (name, value)
 
 
 def test_every_explorer_moves_on_a_saved_page(monkeypatch):

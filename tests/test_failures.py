@@ -290,7 +290,7 @@ def test_an_interrupt_says_where_the_ranks_were(world2: World) -> None:
             dist.barrier()
         time.sleep(1000)
 
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt) as caught:
         world2.run(forever)
     text = str(caught.value)

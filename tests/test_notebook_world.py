@@ -76,12 +76,15 @@ def test_a_report_is_all_that_is_shown_and_names_the_cell_and_its_line(notebook:
 
 
 def test_an_interrupt_stops_the_cell_and_says_where_the_ranks_were(notebook: Notebook) -> None:
-    notebook.start("def forever():\n    print('here')\n    time.sleep(1000)\nworld.run(forever)")
-    notebook.output(until="[0] here")
+    notebook.start(
+        "def forever():\n    dist.barrier()\n    if not here().rank: time.sleep(0.5); print('here')\n"
+        "    time.sleep(1000)\nworld.run(forever)"
+    )
+    notebook.output(until="[0] here")  # by now rank 1 sleeps
     notebook.manager.interrupt_kernel()
     shown = notebook.output()
     assert "KeyboardInterrupt: stopped by you" in shown
-    assert re.search(r"rank 1 is at line 3 of Cell In\[\d+\]: time.sleep\(1000\)", shown)
+    assert re.search(r"rank 1 is at line 4 of Cell In\[\d+\]: time.sleep\(1000\)", shown)
     assert notebook.run("print(world.run(here)[1].rank)") == "1\n"
 
 
