@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m minipar plan: {error}", file=sys.stderr)
         return 2
-    print(f"{found.headline()}\n\n{found.table(options.top)}\n\n{found.why()}")
+    print(found.text(options.top))
     if options.tokens:
         cost = bill(found.best, options.tokens, options.price, options.power_factor)
         print(f"\n{options.tokens:.3g} tokens: {cost}")

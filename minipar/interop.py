@@ -269,8 +269,8 @@ def blocks_of(model: Any) -> Blocks | None:
     lists, crossed = _lists(model), _crossed(model)
     beside = _beside(model, lists)
     if len(lists) == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return Blocks(lists, beside, (), model.get_encoder(), crossed)
-    return Blocks(lists, beside, _everywhere(model), None, crossed) if len(lists) == 1 else None
+        return Blocks(lists, beside, encoder=model.get_encoder(), crossed=crossed)
+    return Blocks(lists, beside, _everywhere(model), crossed=crossed) if len(lists) == 1 else None
 
 
 CONVOLUTIONS = re.compile(r"(^|[._])conv([._]|$)")

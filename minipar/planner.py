@@ -43,6 +43,9 @@ class Neighbor:
         return f"{self.change}: {self.lacks}"
 
 
+KEY = "rows x m: a microbatch's rows, and how many microbatches; pipe: the share of a step in which stages wait"
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """ranked: layouts that fit, the fastest first, as far as they were simulated. tried: how many were priced, or found
@@ -97,12 +100,11 @@ class Plan:
         lines: list[tuple[str, ...]] = [("", *axes, *columns)]
         for place, p in enumerate(self.ranked[:top], 1):
             layout, shape = p.layout, p.layout.mesh.shape
-            name = f"{layout.schedule} x{layout.chunks}" if layout.chunks > 1 else layout.schedule
             lines.append(
                 (
                     str(place),
                     *(str(shape[axis]) for axis in axes),
-                    name if shape["pp"] > 1 else "-",
+                    _schedule(layout) or "-",
                     f"{layout.rows(self.batch)} x {layout.microbatches}",
                     str(layout.zero),
                     layout.recompute,
@@ -132,7 +134,12 @@ class Plan:
     def bars(self, top: int = 10) -> tuple[list[str], dict[str, list[float]]]:
         """For `viz.draw_bars`: a name for each of the best, and the seconds of each part."""
         some = self.ranked[:top]
-        names = [f"{p.layout.mesh} {p.layout.schedule}".removeprefix("Mesh") for p in some]
+        names = []
+        for place, p in enumerate(some, 1):
+            layout, axes = p.layout, str(p.layout.mesh).removeprefix("Mesh(").removesuffix(")")
+            rows = f"{layout.rows(self.batch)} x {layout.microbatches}"
+            rest = [_schedule(layout), rows, f"zero={layout.zero}", layout.recompute.removeprefix("none")]
+            names.append(f"{place}: {axes}\n{', '.join(filter(None, rest))}")
         return names, {part: [p.parts[part] for p in some] for part in self.best.parts}
 
     def headline(self) -> str:
@@ -146,7 +153,11 @@ class Plan:
         return f"Plan({self.model.name}, {self.cluster.gpus} {self.cluster.device.name}; best: {self.best.layout.mesh})"
 
     def __str__(self) -> str:
-        return f"{self.headline()}\n\n{self.table()}\n\n{self.why()}"
+        return self.text()
+
+    def text(self, top: int = 10) -> str:
+        """All of it: the `top` best ones, and why."""
+        return f"{self.headline()}\n\n{self.table(top)}\n{KEY}\n\n{self.why()}"
 
 
 def plan(
@@ -265,6 +276,12 @@ def _neighbors(layout: Layout, model: Transformer) -> Iterator[tuple[str, Layout
             yield f"recompute={recompute}", replace(layout, recompute=recompute)
     if shape["tp"] > 1:
         yield "without sequence parallelism", replace(layout, sequence_parallel=not layout.sequence_parallel)
+
+
+def _schedule(layout: Layout) -> str:
+    if layout.mesh.pp == 1:
+        return ""
+    return f"{layout.schedule} x{layout.chunks}" if layout.chunks > 1 else layout.schedule
 
 
 def _gb(size: float) -> str:

@@ -474,6 +474,7 @@ IGNORED = -100  # the label that counts for nothing, as in torch
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The sum over all tokens but those labeled -100, and their number. logits (..., vocab), targets (...). A sum of 16
     bits would be worth little: it is made in 32."""
+    targets = _class_numbers(targets, logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
     return total, (targets != IGNORED).sum()
@@ -486,9 +487,29 @@ def vocabulary_parallel_cross_entropy(
 
     Three numbers a token travel: the largest logit, then the sum of exponentials and the target's logit.
     """
+    targets = _class_numbers(targets, logits, vocabulary)
     edges = bounds(vocabulary, axis.size)
     total = _VocabularyParallel.apply(logits.flatten(0, -2), targets.flatten(), axis, edges[axis.index], vocabulary)
     return total, (targets != IGNORED).sum()
+
+
+def _class_numbers(targets: Tensor, logits: Any, classes: int = 0) -> Tensor:
+    """The targets, if they fit the logits, as what torch can look up. Classes are as many as a row has logits, or as
+    given. ValueError names the first target that is none of them, TypeError outputs that are no logits."""
+    if not isinstance(logits, Tensor):
+        what = "the default loss takes logits: give a model that has a head for its task, or loss=f of its outputs"
+        raise TypeError(f"the model's output is a {type(logits).__name__} without logits, and {what}")
+    classes = classes or logits.size(-1)
+    if targets.numel() != logits.numel() // logits.size(-1):
+        what = "each row of logits needs one target"
+        raise ValueError(f"targets {tuple(targets.shape)} for logits {(*logits.shape[:-1], classes)}: {what}")
+    numbers = targets.long()
+    if targets.device.type == "cpu":  # a GPU would have to be waited for
+        strange = (numbers != targets) | (numbers != IGNORED) & ((numbers < 0) | (numbers >= classes))
+        if strange.any():
+            what = f"class numbers from 0 to {classes - 1}, or {IGNORED} for what does not count"
+            raise ValueError(f"targets have {targets[strange][0].item()}: they must be {what}")
+    return numbers
 
 
 class _VocabularyParallel(torch.autograd.Function):

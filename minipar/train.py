@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate, chain, pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -578,7 +578,8 @@ class Parallel:
         generator = torch.Generator().manual_seed(seed)
         training = {layer: layer.training for layer in self.module.modules()}
         config: Any = self.module.config
-        tokens, longest = tokens.to(self.device), getattr(config, "context", None) or config.max_position_embeddings
+        limits = (getattr(config, name, None) for name in ("context", "max_position_embeddings"))
+        tokens, longest = tokens.to(self.device), next(filter(None, limits), tokens.size(1) + new)  # ALiBi has no limit
         pieces = self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)  # that the sequence is cut into
         longest -= longest % pieces
         self.eval()
@@ -734,6 +735,28 @@ class Parallel:
         if not self.spans:
             raise ValueError("there is no timeline before the first step")
         return collect([Span(here().rank, *span) for span in self.spans])
+
+    if not TYPE_CHECKING:  # who knows the types knows the names
+
+        def __getattr__(self, name: str) -> Any:
+            way_out = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            raise AttributeError(f"a model on a mesh has no {name}{way_out}", name=name, obj=self)
+
+
+_DEVICE = "ranks are on a device from the start, see World(n, device=...)"
+_TYPE = "give the model its type before parallelize, or compute in 16 bits with parallelize(..., dtype=...)"
+INSTEAD = {  # what modules of torch and models of transformers have, and what to do here
+    "state_dict": "full_state_dict() has all of it on every rank, minipar.save writes each rank's part",
+    "load_state_dict": "load_full_state_dict(state) takes a whole one, minipar.load what minipar.save wrote",
+    "zero_grad": "step sets gradients and adds to none, so nothing has to zero them",
+    "backward": "step(inputs, targets) runs forward and backward",
+    "save_pretrained": "minipar.save_pretrained(folder, parallel)",
+    "from_pretrained": "load the model first, then parallelize it",
+    "modules": "this rank's part is parallel.module",
+    "buffers": "this rank's are buffers_here()",
+    **dict.fromkeys(["to", "cuda", "cpu"], _DEVICE),
+    **dict.fromkeys(["half", "float", "double", "bfloat16"], _TYPE),
+}
 
 
 # -- helpers -------------------------------------------------------------------------------------------------

@@ -474,7 +474,8 @@ def draw_bars(
     """
     entries = len(parts) + bool(limit)
     legend_rows = -(-entries // 4) if entries > 1 else 0
-    drawing, (panel,) = figure(7.0, 0.9 + 0.36 * len(names) + 0.24 * legend_rows)
+    rows = sum(1 + 0.25 * name.count("\n") for name in names)
+    drawing, (panel,) = figure(7.0, 0.9 + 0.36 * rows + 0.24 * legend_rows)
     totals = [sum(part[i] for part in parts.values()) for i in range(len(names))]
     left = [0.0] * len(names)
     for i, (part, sizes) in enumerate(parts.items()):

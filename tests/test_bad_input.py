@@ -96,6 +96,7 @@ def without_gradients():
 
 
 ONES, LABELS = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+CLASSES = ["targets have 13", "from 0 to 12", "-100"]
 REFUSED = {
     "a layer with a forward of its own": (
         lambda: lay_out(Scaled(), Mesh(tp=2), plan={"up": "colwise"}),
@@ -177,6 +178,23 @@ REFUSED = {
     "no plan": (lambda: lay_out(nn.Linear(2, 2), Mesh(tp=2)), ValueError, ["tp=2", "Linear", "plan="]),
     "no labels": (lambda: lay_out().step(TOKENS), ValueError, ["targets", '"labels"']),
     "no labels among the inputs": (lambda: lay_out().step({"tokens": TOKENS}), ValueError, ["targets", '"labels"']),
+    "a target that is no class": (lambda: lay_out().step(TOKENS, TOKENS * 0 + 13), ValueError, CLASSES),
+    "a target that is no class of a cut head": (
+        lambda: lay_out(mesh=Mesh(tp=2)).step(TOKENS, TOKENS * 0 + 13),
+        ValueError,
+        CLASSES,
+    ),
+    "a target below all classes": (
+        lambda: lay_out().step(TOKENS, TOKENS * 0 - 1),
+        ValueError,
+        ["have -1", *CLASSES[1:]],
+    ),
+    "a target between classes": (lambda: lay_out().step(TOKENS, TOKENS * 0 + 0.5), ValueError, ["0.5", *CLASSES[1:]]),
+    "fewer targets than tokens": (
+        lambda: lay_out(mesh=Mesh(tp=2)).step(TOKENS, TOKENS[:, 1:]),
+        ValueError,
+        ["targets (4, 7)", "logits (4, 8, 13)", "one target"],
+    ),
     "labels that are all ignored": (
         lambda: lay_out().step(TOKENS, torch.full_like(TOKENS, -100)),
         ValueError,
@@ -245,6 +263,12 @@ REFUSED = {
         ["(2, 8)", "one number"],
     ),
     "microbatches that are a truth": (lambda: lay_out(microbatches=True), ValueError, ["microbatches=True"]),
+    "what modules have": (
+        lambda: lay_out().state_dict(),
+        AttributeError,
+        ["state_dict: full_state_dict()", "minipar.save"],
+    ),
+    "what nothing has": (lambda: lay_out().setp(TOKENS), AttributeError, ["has no setp"]),
     "a single row to go on from": (lambda: lay_out().generate(TOKENS[0], 2), ValueError, ["(8,)", "(rows, length)"]),
     "nothing to go on from": (lambda: lay_out().generate(TOKENS[:, :0], 2), ValueError, ["(4, 0)", "(rows, length)"]),
 }
@@ -271,9 +295,8 @@ def test_a_schedule_that_deadlocks_is_refused_with_who_waits_for_whom(world2):
 def test_an_id_that_is_on_no_share_of_the_vocabulary_raises(world2):
     high = TOKENS.clone()
     high[0, 0] = 13
-    for tokens, targets in ((high, TOKENS), (TOKENS, high)):
-        for error, _ in world2.run(refusal, lambda: lay_out(mesh=Mesh(tp=2)).step(tokens, targets)):  # noqa: B023
-            assert error in (IndexError, RuntimeError)
+    for error, _ in world2.run(refusal, lambda: lay_out(mesh=Mesh(tp=2)).step(high, TOKENS)):
+        assert error in (IndexError, RuntimeError)
 
 
 def test_blocks_that_are_used_twice_are_named(world2):

@@ -77,6 +77,15 @@ def test_a_plan_says_why(llama):
             assert neighbor.prediction.seconds >= 0.97 * llama.best.seconds, neighbor
     table = llama.table(3).splitlines()
     assert len(table) == 4 and len({len(line) for line in table}) == 1
+    assert "rows x m: a microbatch's rows" in text
+
+
+def test_each_bar_of_a_plan_has_a_name_of_its_own(llama):
+    names, parts = llama.bars(10)
+    unnumbered = {name.partition(": ")[2] for name in names}
+    assert len(unnumbered) == 10 and [name.partition(":")[0] for name in names] == [str(i) for i in range(1, 11)]
+    assert f"dp={llama.best.layout.mesh.dp}, pp=" in names[0] and f"zero={llama.best.layout.zero}" in names[0]
+    assert sum(sizes[0] for sizes in parts.values()) == pytest.approx(llama.best.seconds)
 
 
 def test_neighbors_lack_memory_a_bubble_or_a_slow_axis():

@@ -136,6 +136,12 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Without a plan: for pipelines.
 UNCUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": (
+        "BloomForCausalLM",
+        IDS
+        | {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+        | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
     "cpmant": (  # all blocks read a table of positions, and a module behind them makes it
         "CpmAntForCausalLM",
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48}
