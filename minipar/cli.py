@@ -110,7 +110,8 @@ Where = tuple[tuple[str, int], bytes]  # address and key of a listener on this m
 class Report:
     """What rank 0 tells at the end. difference: of the gradients from one process's; None without --check."""
 
-    losses: list[float]
+    losses: list[float]  # of the steps of this start
+    before: int  # steps of earlier starts
     tokens_per_second: float  # of the steps alone, whatever else was done between them
     difference: float | None
     text: str  # what the trained model makes of PROMPT
@@ -189,7 +190,8 @@ def _tell(mesh: Mesh, report: Report) -> int:
     steps, speed = len(report.losses), f"{report.tokens_per_second:,.0f} tokens/s"
     if report.difference is not None:
         speed += " (in float64, the time of the check not counted)"
-    print(f"{mesh}: loss {report.losses[0]:.4f} -> {report.losses[-1]:.4f} in {steps} steps, {speed}")
+    when = f"steps {report.before + 1} to {report.before + steps}" if report.before else f"{steps} steps"
+    print(f"{mesh}: loss {report.losses[0]:.4f} -> {report.losses[-1]:.4f} in {when}, {speed}")
     print(f"it writes: {report.text}")
     if report.difference is None:
         return 0
@@ -257,7 +259,7 @@ def _train(mesh: Mesh, config: Config, settings: dict[str, Any], where: Where) -
         timeline.save(options.trace)
     text = " ".join(corpus.tokenizer().decode(written[0].tolist()).split())
     difference = torch.tensor(differences).max().item() if options.check else None
-    return Report(losses, len(losses) * tokens.numel() / seconds, difference, text)
+    return Report(losses, model.steps - len(losses), len(losses) * tokens.numel() / seconds, difference, text)
 
 
 def _resume(

@@ -88,17 +88,17 @@ def test_every_layout_and_launcher_trains_to_the_same_loss(capsys):
 
 
 def test_a_run_goes_on_from_its_checkpoint_on_another_layout(tmp_path, capsys):
-    def last_loss(arguments: str, steps: str) -> str:
+    def last_loss(arguments: str, steps: str, when: str = "") -> str:
         code = main(["train", *SMALL.replace("--steps 2", f"--steps {steps}").split(), *arguments.split()])
         out, err = capsys.readouterr()
         assert code == 0, err
         assert f"{steps}/{steps}" in err, "the bar counts the steps before, too"
-        return re.search(r"-> (\S+) in", out)[1]
+        return re.search(rf"-> (\S+) in {when or f'{steps} steps'},", out)[1]
 
     wanted = last_loss("--dropout 0.1", "5")
     last_loss(f"--dropout 0.1 --tp 2 --save {tmp_path} --save-every 2", "3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
-    assert last_loss(f"--dropout 0.1 --dp 2 --save {tmp_path} --resume", "5") == wanted
+    assert last_loss(f"--dropout 0.1 --dp 2 --save {tmp_path} --resume", "5", when="steps 4 to 5") == wanted
     for arguments, said in {
         f"--save {tmp_path}": "has step-000005: go on from it with --resume, or name another folder",
         f"--save {tmp_path} --resume": f"--steps 2: the run in {tmp_path} is at step 5 already",
@@ -139,7 +139,7 @@ def test_the_check_sees_a_wrong_gradient(capsys):
     not_a_number = cli._difference(broken, model, tokens, targets)
     assert math.isnan(not_a_number)
     for difference in (1e-6, not_a_number):
-        report = cli.Report(losses=[1.0], tokens_per_second=1, difference=difference, text="")
+        report = cli.Report(losses=[1.0], before=0, tokens_per_second=1, difference=difference, text="")
         assert cli._tell(cli.Mesh(), report) == 1
         assert "NOT EQUAL" in capsys.readouterr().out
 
