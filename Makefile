@@ -48,7 +48,7 @@ lint: $(READY)  ## check style and types
 
 test: lint  ## run everything that CI runs
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 chapters solutions
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=90 chapters solutions
 
 notebooks: $(READY)  ## build chapters, solutions and exercises from their sources
 	$(BIN)/python -m minipar.course.build

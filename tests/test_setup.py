@@ -150,7 +150,7 @@ def test_make_test_runs_every_check():
         "ruff format --check",
         "mypy",
         "pytest",
-        "--nbval-cell-timeout=60 chapters solutions",
+        "--nbval-cell-timeout=90 chapters solutions",
     ):
         assert f"python -m {check}" in plan or check in plan, f"make test does not run {check}"
 
