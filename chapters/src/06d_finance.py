@@ -293,9 +293,9 @@ for held, row in zip(POSITIONS, policy, strict=True):
 # of the equation by itself. (Who is in waits a little longer, since the drift is on that side. The second line is
 # needed on the first day only: from 1 or −1 nobody goes back to 0.)
 #
-# Every rule below uses this same policy: it takes its *forecast* of the predictable part for the truth and looks up
-# what to do. So rules differ in their forecasts only. The table below counts what is *traded* in units of one's money:
-# a turn is 2. Profits are in 1/100 percent.
+# Every forecaster below uses this same policy: it takes its *forecast* of the predictable part for the truth and looks
+# up what to do. So forecasters differ in their forecasts only. The table below counts what is *traded* in units of
+# one's money: a turn is 2. Profits are in 1/100 percent.
 
 
 # %%

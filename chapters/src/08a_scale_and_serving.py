@@ -209,13 +209,16 @@ drawing.legend(*right.get_legend_handles_labels(), loc="outside lower center", n
 told = "; ".join(
     f"{g:,}: {s:.0%} and {w:.0%}" for g, s, w in zip(GPUS, efficiency(strong), efficiency(weak), strict=True)
 )
-viz.show(drawing, f"Efficiency over GPUs, strong and weak: {told}. Right: shares of a step at strong scaling.")
+last = ", ".join(f"{part} {seconds / strong[-1].seconds:.0%}" for part, seconds in strong[-1].parts.items())
+told += f". Right: where a step of strong scaling goes, at {GPUS[-1]:,}: {last}"
+viz.show(drawing, f"Efficiency over GPUs, strong and weak: {told}.")
 
 # %% [markdown] lang="en"
 # **Strong** is perfect up to 512 GPUs: a row for each. That is the limit of the [batch](../docs/glossary.md#batch).
 # Beyond it there are more GPUs than rows, and at 1,024 the curve is at 81 percent: four tensor ranks share two rows.
 # At 16,384 a group of 256 ranks shares eight, over axes that cost more: tensor ranks, context ranks, stages that wait.
-# There more than two thirds of a step are no matrix products at all.
+# And the gradients have little left to hide behind: the data axis alone takes 21 percent of a step. More than two
+# thirds of it are no matrix products at all.
 #
 # **Weak** holds much longer, and falls below 90 percent at 4,096, to 83 at the end. (It is a bit above 100 before: on 8
 # GPUs each has an eighth of the optimizer's states to update, on 64 much less.) Who pays? One row computes for 0.6
@@ -355,11 +358,12 @@ explore(draw_lost, gpus=[16384, 1024, 4096, 100_000], restart_minutes=[10, 2, 30
 
 # %% [markdown] lang="en"
 # An hour between checkpoints costs 20 percent, most of it work done twice. (The formula counts a bit too much, and far
-# too much where $\tau$ is not small against $M$: in three hours there is often a second failure, and it has less work
-# left to destroy.) At 2 TB/s a checkpoint takes 3 seconds, and one every four minutes is best: 7 percent are lost. If
-# it takes half a minute, every 14 minutes, and 12 percent. The curve is flat around its lowest point, so Young's simple
-# formula is good enough. What matters is the size of $\delta$ and of $R$. That is where engineers put their work:
-# checkpoints that are written while training goes on, restarts within minutes.
+# too much at both ends. Where $\tau$ is only twice $\delta$, writing takes $\delta/(\tau+\delta)$ of the time,
+# not $\delta/\tau$: a third in place of a half. Where $\tau$ is not small against $M$, there is often a second failure,
+# and it has less work left to destroy.) At 2 TB/s a checkpoint takes 3 seconds, and one every four minutes is best: 7
+# percent are lost. If it takes half a minute, every 14 minutes, and 12 percent. The curve is flat around its lowest
+# point, so Young's simple formula is good enough. What matters is the size of $\delta$ and of $R$. That is where
+# engineers put their work: checkpoints that are written while training goes on, restarts within minutes.
 #
 # **In the explorer** the mark on each curve is Young's interval. At 1,024 GPUs a failure comes every two days, and an
 # interval of an hour is fine: 1 percent lost, or 2 with checkpoints of 30 seconds. At 100,000 it comes every half an

@@ -2,9 +2,9 @@
 # # Trust and beyond
 #
 # Three wishes and three worries end the document (8.2 to 8.4). The wishes: models that learn without labels, that know
-# pictures as well as words, that are larger. The worries: data that should stay private, models that nobody can explain
-# or steer. It says of each that it is important. Here each gets something that runs on ranks, and a number. At the end
-# you can
+# pictures as well as words, that are larger. The worries: computing resources, data that should stay private, models
+# that nobody can explain or steer. It says of each that it is important. Here each gets something that runs on ranks,
+# and a number. At the end you can
 #
 # - pretrain an encoder without labels, and find out whether it was worth it;
 # - write a loss that compares rows of different ranks, and prove its gradient;
@@ -13,9 +13,10 @@
 # - look into a model that no rank has whole, and push it in a direction.
 #
 # **Time:** about two and a half hours. **You need:** [data](03a_data_parallel.ipynb) and [tensor
-# parallelism](03b_tensor_parallel.ipynb), and [the FAQ](04c_faq.ipynb) for its task and its way to divide rows. The
-# five sections do not need each other. The chapter mirrors sections 8.2 to 8.4 of the document that this course follows
-# and tests, 《大规模语言模型从理论到实践 混合并行》. Scale, which it names first, is [the chapter
+# parallelism](03b_tensor_parallel.ipynb), and [the FAQ](04c_faq.ipynb) for its task and its way to divide rows.
+# Sections 1, 2 and 5 stand alone; section 3 uses the pictures of section 2, and section 4 the functions of section 3.
+# The chapter mirrors sections 8.2 to 8.4 of the document that this course follows and tests,
+# 《大规模语言模型从理论到实践 混合并行》. Scale and computing resources, which it names first, are [the chapter
 # before](08a_scale_and_serving.ipynb).
 #
 # **How to read it.** As before: write your prediction into the cell before you run it. Numbers in the text are those of
@@ -292,7 +293,7 @@ print(f"pretraining adds {gain.mean():+.1f} points, with a standard error of {er
 
 # %%
 drawing, (panel,) = viz.figure(6, 1.5)
-panel.plot(gain, [0] * len(gain), "o", color=viz.PALETTE[5], mfc="none", ms=7)
+panel.plot(gain, np.linspace(-0.12, 0.12, len(gain)), "o", color=viz.PALETTE[5], mfc="none", ms=7)
 panel.errorbar(gain.mean(), 0.5, xerr=2 * error, fmt="D", color=viz.PALETTE[6], capsize=4)
 panel.axvline(0, color=viz.LINE, lw=1, ls=":")
 panel.set(yticks=[0, 0.5], yticklabels=["single draws", "mean, ± 2 errors"], ylim=(0.9, -0.4))
@@ -675,8 +676,8 @@ viz.show(drawing, f"For four captions the five nearest pictures each. Digits: {t
 
 # %% [markdown] lang="en"
 # Zero-shot means new *sentences* of known words. A word that was in no caption means nothing: asked for 七, the towers
-# give five eights, and no warning; its bytes were never near a picture. Models that seem to know every word have had
-# captions from all of the web.
+# give five eights, and no warning. Two of its three bytes are also those of 一 and 三, but the three together were
+# never near a picture. Models that seem to know every word have had captions from all of the web.
 #
 # **What is not shown:** pictures of the world, captions that say more than one thing, and whether the towers can
 # combine what they know (color and shape, say). And seeds: each bar is one run.
@@ -868,9 +869,9 @@ assert abs(epsilon(40, 1.0) / by_hand(40, TIMES) - 1) < 0.01 and epsilon(40) < e
 # a δ of about 1/n. So δ has to be well below that. For our 1,300 rows it is $10^{-4}$, an eighth of 1/n; less is
 # better.
 #
-# Private training differs from ordinary training in three ways: few steps, clipping, noise. So we run it with four
-# amounts of noise, then without noise, then without noise and without clipping. The ordinary training beside it takes
-# 400 steps of Adam with all rows.
+# Private training adds two things, clipping and noise. So we run it with four amounts of noise, then without noise,
+# then without noise and without clipping. All of these take a hundred steps, with rows drawn by lot and momentum. The
+# ordinary training beside them takes 400 steps of Adam with all rows.
 #
 # **Question.** At which ε is the network as good as by ordinary training: 0.25, 1, 4, 16? And how many of the forty
 # wrong labels does it know by heart, after ordinary training and after private training?
@@ -954,9 +955,10 @@ viz.show(
 #   and rows that count as much as they like.)
 # - **Clipping costs three points.** A part of that is length: clipped steps are shorter, and the learning rate is the
 #   same for all. At twice the rate it was one and a half, when we tried.
-# - **Noise comes on top**: hardly anything at ε 16, a point at 4, nine at 1, and sixty at 0.25. So at no ε here is it
-#   quite as good as without. That 0.25 knows a few labels is chance: a network that is wrong in two thirds of the
-#   cases, over nine labels, hits about three of forty.
+# - **Noise comes on top**: nothing that shows at ε 16, a point at 4, nine at 1, and sixty at 0.25. So at no ε here is
+#   the network as good as by ordinary training, and at 16 what is missing is the price of clipping. At ε 0.25 it gives
+#   about three of the wrong labels by chance: two thirds of its answers are wrong, spread over nine labels, so each
+#   wrong label is hit in 7 of 100 cases.
 # - **Clipping without noise makes no promise**, though it knows none of the forty. That shows what *this test* finds.
 #   An ε bounds all tests, also those that nobody has thought of.
 #
@@ -1025,7 +1027,7 @@ def mask(seed, size):
 
 
 def seeds_of_pairs(axis, own):
-    """The seed that this rank has in common with each other one: the lower rank of a pair draws it, and sends it."""
+    """The seed that this rank has in common with each other one. Both of a pair send one; the lower rank's counts."""
     draw = torch.Generator().manual_seed(own)
     mine = torch.randint(2**62, (axis.size,), generator=draw)
     theirs = all_to_all(mine, axis)
@@ -1059,9 +1061,7 @@ def secure_sum(x, y, drawn):
 owns, secret, seeds, totals, plain, hidden = zip(*four.run(secure_sum, pictures[:ROWS], private, drawn), strict=True)
 true = torch.stack(owns).double().sum(0)
 error = (totals[0] - true).abs().max().item()
-print(
-    f"you wrote: {prediction}; sent {plain[0]:,.0f} bytes in float32, {hidden[0]:,.0f} masked, 8 a pair for the seeds"
-)
+print(f"you wrote: {prediction}; sent {plain[0]:,.0f} bytes in float32, {hidden[0]:,.0f} masked, 24 for the seeds")
 print(f"largest error {error / STEP:.2f} steps, {error:.0e}; with four summands at most 2 steps")
 assert error <= 2 * STEP and hidden[0] == 2 * plain[0] and all(torch.equal(t, totals[0]) for t in totals)
 assert plain[0] == 2 * 3 / 4 * 4 * 4810
@@ -1336,7 +1336,7 @@ for state, (token, chance, loss) in zip(stream, seen, strict=True):
     assert torch.equal(token, logits.argmax(-1))
     assert (chance - logits.softmax(-1).amax(-1)).abs().max() < 1e-12
     assert abs(loss - F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()) < 1e-12
-print(f"you wrote: {prediction}. Three for the token and its probability, three more for the loss: as one process says")
+print(f"you wrote: {prediction}. Three for the token and its probability, and the target's logit for the loss: four")
 print("loss before the blocks and behind each:", ", ".join(f"{loss:.2f}" for *_, loss in seen))
 
 
