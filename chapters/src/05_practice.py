@@ -158,9 +158,9 @@ print(f"rows of known sources: {shared(learn, judge):.0%}, by train_test_split {
 # done stands in the last line: of the rows that it keeps for the test, 96 in 100 are from a file that was learned from.
 #
 # All this is a subset. The side to learn from has 2,870 docstrings, and we take 192, so that a run has 48 steps and not
-# over 700. All results below are for these 192 labels, 32 a class (for film reviews 768, 384 a class). Why so few? It
-# is where a pretrained model pays most, and labels are what one never has enough of. Section 7 says what becomes of it
-# with more.
+# over 700. All outputs below are for these 192 labels, 32 a class (for film reviews 768, 384 a class). Why so few? It
+# is where a pretrained model pays most, and labels are what one never has enough of. A table in section 7 says what
+# becomes of it with 768.
 #
 # ## 3. The baseline
 #
@@ -622,9 +622,10 @@ viz.show(drawing, f"How many points better than counting words, a line for each 
 
 # %% [markdown] lang="en"
 # All runs are ahead of counting words, and the layouts by the same amount as one process. How sure is that? All lines
-# end above zero. But the draws vary one thing only: the files that *these* models are judged by. (As far as rows of one
-# file are alike, more rows of these files would help little, and more *files* would.) Of two other kinds of luck they
-# know nothing: the seed, for which the second line stands, and the *division*, so which files were learned from.
+# begin above zero, at +2.7. But the draws vary one thing only: the files that *these* models are judged by. (As far as
+# rows of one file are alike, more rows of these files would help little, and more *files* would.) Of two other kinds of
+# luck they know nothing: the seed, for which the second line stands, and the *division*, so which files were learned
+# from.
 #
 # How much is the luck of the division? Beside this chapter we tried four others, on one process, with 192 labels and
 # with 768, always 48 steps. You can do the same: another `random_state=` in `GroupShuffleSplit`, another number for

@@ -147,10 +147,11 @@ print("counting words:", told(counted == labels[judge]))
 # %% [markdown] lang="en"
 # ### A small encoder
 #
-# The challenger is a BERT (Devlin et al. 2018) of two blocks and width 64, with random weights. 04c tried a small GPT
+# The challenger is a BERT (Devlin et al. 2019) of two blocks and width 64, with random weights. 04c tried a small GPT
 # here. A GPT is causal: a word sees the words before it. A BERT is an **[encoder](../docs/glossary.md#encoder)**: each
-# word sees all words of the row, behind it, too. In front of each row stands a token of its own, and the class is read
-# off at that place. Nothing is pretrained. What a word means has to be learned from our 3,000 labels.
+# word sees all words of the row, those before it and those after it. In front of each row stands a token of its own,
+# and the class is read off at that place. Nothing is pretrained. What a word means has to be learned from our 3,000
+# labels.
 #
 # The words are its tokens. It knows the most frequent ones: 4,000 tokens, of which three have another use. All other
 # words are the same token, "unknown". And a row ends after 39 words, so that it and its first token fill 40 places.
@@ -695,8 +696,9 @@ assert {source, target} <= set(crossed[2])
 #   many layers, that is a cost that a GPT does not have.
 # - The small numbers are special to T5. Its first block makes tables with a number for each head and each pair of
 #   tokens, by how far they are apart, and all blocks read them: $4 s^2$ numbers are 1,568 bytes here. The decoder makes
-#   tables of its own, $4 t^2$ and, between its tokens and the source's, $4 t s$ numbers: 3,200 and 2,240 bytes. So
-#   stage 1, the last one of the encoder, sends no table.
+#   two tables of its own. The one for its own tokens has $4 t^2$ numbers, 3,200 bytes. The one between its tokens and
+#   the source's has $4 t s$ numbers, 2,240 bytes: T5 has no distances there, so all of them are zeros, and they are
+#   sent all the same. Stage 1, the last one of the encoder, sends no table.
 #
 # minipar finds encoder and decoder by themselves. `blocks_of` looks for two lists of blocks, and remembers the encoder,
 # whose output each stage of the decoder needs:
@@ -896,11 +898,11 @@ viz.show(drawing, f"Percent of unseen numbers translated exactly, by 1 to 5 digi
 # - **Numbers of one digit.** There are only ten in the world, and it has seen hundreds of longer ones for each. It says
 #   too much: 三十三 for 3, and 000 for 零. There are two in the test, so the empty bars stand for two numbers, and the
 #   intervals are wide.
-# - **Gaps**, sometimes: 八万零 for 80,000.
+# - **A gap**, once: 八万零 for 80,000. **A wrong unit**, once: 五万零三十 for 50,300.
 # - **The right digits in the wrong order**, 10,316 for 10,361. No program with the rule in it would do that. All of
 #   them are on the way back. There the decoder has to find its place in the source, by attention. Perhaps it takes the
 #   neighbor now and then; we have not looked.
-# - **A wrong digit**, once: 43,848 for 43,348.
+# - **A wrong digit**, twice: 43,848 for 43,348, and 50,303 for 50,300.
 #
 # ### Has it learned the rule?
 #
@@ -970,7 +972,7 @@ four.close()
 # %% [markdown] lang="en"
 # ## References
 #
-# - Devlin et al. 2018, *BERT*, [arXiv 1810.04805](https://arxiv.org/abs/1810.04805)
+# - Devlin et al. 2019, *BERT*, [arXiv 1810.04805](https://arxiv.org/abs/1810.04805)
 # - Lake and Baroni 2018, *Generalization without Systematicity*, [arXiv 1711.00350](https://arxiv.org/abs/1711.00350)
 # - Pang and Lee 2005, *Seeing stars*, [arXiv cs/0506075](https://arxiv.org/abs/cs/0506075): the film review sentences
 # - Papineni et al. 2002, *BLEU: a Method for Automatic Evaluation of Machine Translation*, [ACL

@@ -308,7 +308,8 @@ expect(np.mean(simple["one mean", "by speaker"]) < 0.65 and np.mean(simple["thre
 
 # %% [markdown] lang="en"
 # - **One mean** is right about half of the time on strange voices. A word and its reverse are the same sounds, so they
-#   have nearly the same mean. It finds the two, in nine of ten cases, and guesses between them.
+#   have nearly the same mean. It finds the two in nine of ten cases. Between them it is right in 61 of 100, where a
+#   coin would be right in 50: the two means are nearly, and not quite, the same.
 # - **Three means** know what came first. For words like these that is nearly enough.
 # - **At random** is kinder than by speaker, for the same model on the same sounds: by 9 points with one mean, by 3 with
 #   three. Each is about twice its error. A user's voice is not among those that were learned from, so the test by
@@ -584,7 +585,8 @@ expect(abs(start[labels == 2].mean() - start[labels == 3].mean()) > 2)
 # Is that the whole leak? Ask a logistic regression for the second vowel. It is told the first one and sees the first
 # four frames, 46 ms, when the second vowel has hardly begun. A coin would be right for 50 percent. Two things can be
 # mended: frames can be measured against the loudest place of these four only, in place of the whole word; and words can
-# be scaled by the peak of their first sixth, in place of the whole. (The cell makes these words, with recordings, too.)
+# be scaled by the peak of their first sixth, in place of the whole. (This cell takes made words, also where there are
+# recordings.)
 #
 # **Question.** Which of the four make it a coin? And does it help to keep speakers apart?
 
@@ -890,4 +892,24 @@ two.close()
 four.close()
 
 # %% [markdown] lang="en"
+# ## References
+#
+# - Borsos et al. 2022, *AudioLM*, [arXiv 2209.03143](https://arxiv.org/abs/2209.03143)
+# - Fant 1960, *Acoustic Theory of Speech Production*, Mouton
+# - Griffin and Lim 1984, *Signal Estimation from Modified Short-Time Fourier Transform*, IEEE Transactions on
+#   Acoustics, Speech, and Signal Processing 32
+# - Jackson, *Free Spoken Digit Dataset*, [GitHub](https://github.com/Jakobovski/free-spoken-digit-dataset)
+# - Jaitly and Hinton 2013, *Vocal Tract Length Perturbation (VTLP) Improves Speech Recognition*, ICML workshop on deep
+#   learning for audio, speech and language
+# - Peterson and Barney 1952, *Control Methods Used in a Study of the Vowels*, Journal of the Acoustical Society of
+#   America 24
+# - Radford et al. 2022, *Robust Speech Recognition via Large-Scale Weak Supervision* (Whisper), [arXiv
+#   2212.04356](https://arxiv.org/abs/2212.04356)
+# - Ranzato et al. 2015, *Sequence Level Training with Recurrent Neural Networks*, [arXiv
+#   1511.06732](https://arxiv.org/abs/1511.06732)
+# - Shen et al. 2018, *Natural TTS Synthesis by Conditioning WaveNet on Mel Spectrogram Predictions* (Tacotron 2),
+#   [arXiv 1712.05884](https://arxiv.org/abs/1712.05884)
+# - Stevens, Volkmann and Newman 1937, *A Scale for the Measurement of the Psychological Magnitude Pitch*, Journal of
+#   the Acoustical Society of America 8
+#
 # **Next:** [vision](06c_vision.ipynb): what is in a picture, and where.
