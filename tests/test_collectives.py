@@ -547,7 +547,7 @@ def received():
             if stat.S_ISSOCK(os.stat(int(name)).st_mode):
                 with socket.socket(fileno=os.dup(int(name))) as copy:
                     if copy.family in (socket.AF_INET, socket.AF_INET6):
-                        info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                        info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256).ljust(256, b"\0")
                         total += struct.unpack_from("Q", info, BYTES_RECEIVED)[0]
     return total
 
@@ -566,6 +566,8 @@ def witnessed(world, prepare):
         return book.bytes(), received() - before
 
     booked, arrived = (sum(of_ranks) for of_ranks in zip(*world.run(watched), strict=True))
+    if not arrived:
+        pytest.skip("this kernel does not count the bytes of a connection")
     assert booked <= arrived < 1.01 * booked, f"{arrived:,} bytes arrived where {booked:,} were booked"
 
 
