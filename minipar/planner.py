@@ -105,7 +105,7 @@ class Plan:
                     str(place),
                     *(str(shape[axis]) for axis in axes),
                     _schedule(layout) or "-",
-                    f"{layout.rows(self.batch)} x {layout.microbatches}",
+                    self._rows(layout),
                     str(layout.zero),
                     layout.recompute,
                     f"{p.seconds:.2f} s",
@@ -137,10 +137,12 @@ class Plan:
         names = []
         for place, p in enumerate(some, 1):
             layout, axes = p.layout, str(p.layout.mesh).removeprefix("Mesh(").removesuffix(")")
-            rows = f"{layout.rows(self.batch)} x {layout.microbatches}"
-            rest = [_schedule(layout), rows, f"zero={layout.zero}", layout.recompute.removeprefix("none")]
+            rest = [_schedule(layout), self._rows(layout), f"zero={layout.zero}", layout.recompute.removeprefix("none")]
             names.append(f"{place}: {axes}\n{', '.join(filter(None, rest))}")
         return names, {part: [p.parts[part] for p in some] for part in self.best.parts}
+
+    def _rows(self, layout: Layout) -> str:
+        return f"{layout.rows(self.batch)} x {layout.microbatches}"
 
     def headline(self) -> str:
         return (

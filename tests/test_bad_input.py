@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from minipar import Config, Mesh, RankError, gpipe, gpt, parallelize, simulate
+from minipar import Config, Mesh, RankError, connect, gpipe, gpt, parallelize, simulate
 from minipar.schedule import Action, Op
+from minipar.tensor import _VocabularyParallel
 
 TINY = Config(vocab=13, context=8, depth=2, width=8, heads=2)
 TOKENS = torch.arange(32).view(4, 8) % 13
@@ -295,8 +296,14 @@ def test_a_schedule_that_deadlocks_is_refused_with_who_waits_for_whom(world2):
 def test_an_id_that_is_on_no_share_of_the_vocabulary_raises(world2):
     high = TOKENS.clone()
     high[0, 0] = 13
-    for error, _ in world2.run(refusal, lambda: lay_out(mesh=Mesh(tp=2)).step(high, TOKENS)):
-        assert error in (IndexError, RuntimeError)
+
+    def look_up():  # as on a GPU, where no target is looked at before
+        axis = connect(Mesh(tp=2))["tp"]
+        _VocabularyParallel.apply(torch.zeros(32, [6, 7][axis.index]), high.flatten(), axis, 6 * axis.index, 13)
+
+    for attempt in (lambda: lay_out(mesh=Mesh(tp=2)).step(high, TOKENS), look_up):
+        for error, _ in world2.run(refusal, attempt):
+            assert error in (IndexError, RuntimeError)
 
 
 def test_blocks_that_are_used_twice_are_named(world2):
